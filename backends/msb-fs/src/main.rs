@@ -1,0 +1,2 @@
+//! Entry point of the msb-fs backend.
+fn main() {}

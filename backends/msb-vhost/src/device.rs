@@ -1,0 +1,76 @@
+//! What a virtio device promises to the transport.
+
+use std::os::fd::BorrowedFd;
+
+use crate::Request;
+
+/// How many queues a device serves, and how large the driver may make them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueLimits {
+    /// Number of virtqueues, 1 to 64.
+    pub queues: u16,
+    /// Largest queue size the driver may choose, a power of two up to 32768.
+    pub size: u16,
+}
+
+/// A write to the configuration space that the device does not take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("configuration write of {len} bytes at offset {offset} is not allowed")]
+pub struct ConfigError {
+    /// First byte of the write.
+    pub offset: u32,
+    /// Length of the write in bytes.
+    pub len: usize,
+}
+
+/// One virtio device behind a vhost-user socket.
+///
+/// The transport calls `handle`, `end_batch` and `reap` of one queue always from that queue's own
+/// worker thread, and those of different queues at the same time. The other methods are called
+/// from the control thread.
+pub trait Device: Send + Sync + 'static {
+    /// Feature bits of the device type (virtio 1.3 section 6: bits 0 to 23 and 50 and up). The
+    /// transport adds its own: VERSION_1, INDIRECT_DESC, EVENT_IDX, PROTOCOL_FEATURES.
+    fn features(&self) -> u64;
+
+    /// Number and largest size of the queues. Constant over the life of the device.
+    fn limits(&self) -> QueueLimits;
+
+    /// The whole configuration space as it is now. The transport slices it and pads reads beyond
+    /// its end with zeroes.
+    fn config(&self) -> Vec<u8>;
+
+    /// Writes `data` at `offset` of the configuration space.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] when the bytes there are read-only; the front end gets a negative reply and
+    /// the connection stays.
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigError> {
+        Err(ConfigError { offset, len: data.len() })
+    }
+
+    /// Tells the device which feature bits the driver accepted.
+    fn accept_features(&self, _features: u64) {}
+
+    /// Carries out one request of `queue`, either before it returns or later: whoever holds the
+    /// request ends it with [`Request::complete`]. Must not block for long.
+    fn handle(&self, queue: u16, request: Request);
+
+    /// Called after the last [`Device::handle`] of a batch, to submit what was queued.
+    fn end_batch(&self, _queue: u16) {}
+
+    /// A descriptor that becomes readable when requests of `queue` that were left open have
+    /// finished, such as the eventfd of an io_uring. `None` when every request is completed inside
+    /// [`Device::handle`].
+    fn completion_fd(&self, _queue: u16) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Completes the finished requests of `queue`; called when [`Device::completion_fd`] is readable.
+    fn reap(&self, _queue: u16) {}
+
+    /// Forgets everything the driver has set up: the front end has gone, or it has reset the
+    /// device. All queues are stopped and no request is open when this is called.
+    fn reset(&self) {}
+}

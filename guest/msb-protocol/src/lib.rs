@@ -1,0 +1,21 @@
+//! Defines every message between the host and the agent in the guest.
+//!
+//! The host end is the supervisor, the guest end is `msb-agent`, PID 1 of the VM. Both speak over
+//! one byte stream (a virtio port named [`PORT_NAME`], or vsock). The agent speaks first with
+//! [`FromAgent::Hello`]; the host answers with [`ToAgent::Boot`]; when every mount stands the agent
+//! says [`FromAgent::Ready`]. From then on commands may be run, any number at a time, each on a
+//! [`Channel`] that the host chooses.
+
+#![forbid(unsafe_code)]
+
+mod frame;
+mod message;
+
+pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD};
+pub use message::*;
+
+/// Name of the virtio port that carries the protocol.
+pub const PORT_NAME: &str = "dev.microsandbox.agent";
+
+/// Version of the protocol; the agent refuses a host of another one.
+pub const PROTOCOL_VERSION: u32 = 1;

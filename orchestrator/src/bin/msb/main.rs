@@ -1,0 +1,2 @@
+//! Command line of microsandbox.
+fn main() {}
