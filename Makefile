@@ -1,0 +1,72 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Where set-up puts the guest kernel and what the demo's image is made of.
+GUEST ?= $(CURDIR)/target/guest
+TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
+PREFIX ?= /usr/local
+BINARIES := msb msb-fs msb-blk
+
+export MSB_KERNEL ?= $(GUEST)/kernel
+export MSB_BUSYBOX ?= $(GUEST)/busybox
+
+.PHONY: help setup build demo test lint bench install clean
+
+help:
+	@echo 'make demo      build, boot a sandbox with every kind of volume, show what it sees'
+	@echo 'make test      everything that proves the project'
+	@echo 'make build     release binaries in $(TARGET)/release'
+	@echo 'make lint      formatting and clippy'
+	@echo 'make bench     the benchmarks against virtiofsd and qemu-storage-daemon'
+	@echo 'make install   binaries and guest kernel below PREFIX ($(PREFIX))'
+
+setup:
+	@tests/setup.sh '$(GUEST)'
+
+# The agent is PID 1 in the guest, where there is no dynamic loader: only its last step is linked
+# statically, so that it shares its dependencies with the rest of the build.
+define agent
+cargo rustc -q --locked $(1) -p msb-agent --bin msb-agent -- -C target-feature=+crt-static
+endef
+
+build: setup
+	@echo '  building (release; the first time takes some minutes)'
+	@cargo build -q --locked --release -p microsandbox -p msb-fs -p msb-blk
+	@$(call agent,--release)
+
+demo: build
+	@MSB_BIN_DIR='$(TARGET)/release' tests/demo.sh
+
+# The tests find the programs under test in MSB_BIN_DIR.
+test: setup
+	@echo '== lint'
+	@$(MAKE) --no-print-directory lint
+	@echo '== build'
+	@cargo build -q --locked --workspace --bins
+	@$(call agent)
+	@echo '== documentation examples'
+	@cargo test -q --locked --doc -p microsandbox -p msb-vhost
+	@echo '== tests'
+	@export MSB_BIN_DIR='$(TARGET)/debug'; \
+	if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked --workspace; \
+	else cargo test -q --locked --workspace --lib --bins --tests; fi
+
+lint:
+	@cargo fmt --all --check
+	@cargo clippy -q --locked --workspace --all-targets -- -D warnings
+
+bench: build
+	@MSB_BIN_DIR='$(TARGET)/release' cargo bench -q --locked -p msb-benches
+
+install: build
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/libexec/microsandbox' '$(DESTDIR)$(PREFIX)/lib/microsandbox'
+	install -m 755 $(BINARIES:%='$(TARGET)/release/%') '$(DESTDIR)$(PREFIX)/bin'
+	install -m 755 '$(TARGET)/release/msb-agent' '$(DESTDIR)$(PREFIX)/libexec/microsandbox'
+	cp -a '$(MSB_KERNEL)' '$(DESTDIR)$(PREFIX)/lib/microsandbox/kernel'
+
+clean:
+	cargo clean

@@ -1,0 +1,1 @@
+//! Each backend over its socket, without a VM.

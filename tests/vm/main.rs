@@ -1,0 +1,1 @@
+//! Whole sandboxes: each mount kind and option, seen from the guest and from the host.
