@@ -2,10 +2,12 @@
 
 #![deny(unsafe_code)]
 
-mod name;
+mod error;
 pub mod plan;
-mod size;
 pub mod spec;
 
-pub use name::NameError;
-pub use size::{Mebibytes, SizeError, SizeExt};
+pub use error::{Error, ErrorKind, MicrosandboxResult};
+pub use spec::{
+    Accel, DiskImageFormat, HostPermissions, Mebibytes, NameError, NamedVolumeMode,
+    SecurityProfile, SizeError, SizeExt, StatVirtualization, VmmKind, VolumeKind,
+};

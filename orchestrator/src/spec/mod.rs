@@ -8,9 +8,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::name::{GuestPath, SandboxName, VolumeName};
-pub use crate::size::Mebibytes;
+mod name;
+mod size;
+
 pub use msb_protocol::SecurityProfile;
+pub use name::{GuestPath, NameError, SandboxName, VolumeName};
+pub use size::{Mebibytes, SizeError, SizeExt};
 
 /// A sandbox as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -36,6 +36,21 @@ pub enum NameError {
     Reserved(String, &'static str),
 }
 
+impl NameError {
+    /// The name or path that breaks its rule.
+    pub fn value(&self) -> &str {
+        match self {
+            Self::Volume(value)
+            | Self::Sandbox(value)
+            | Self::Relative(value)
+            | Self::Parent(value)
+            | Self::Root(value)
+            | Self::Character(value, _)
+            | Self::Reserved(value, _) => value,
+        }
+    }
+}
+
 /// Name of a volume: letters, digits, `.`, `_`, `-`, beginning with a letter or digit, at most 128
 /// bytes (spec mounts 1.9).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
