@@ -74,7 +74,11 @@ impl Frame {
         if payload.len() > MAX_PAYLOAD {
             return Err(FrameError::TooLarge(payload.len()));
         }
-        Ok(Self { channel, kind, payload })
+        Ok(Self {
+            channel,
+            kind,
+            payload,
+        })
     }
 
     /// The message of a control frame.
@@ -139,8 +143,11 @@ impl Decoder {
         let Some(payload) = rest.get(..length) else {
             return Ok(None);
         };
-        let frame =
-            Frame { channel: u32::from_le_bytes([c0, c1, c2, c3]), kind, payload: payload.to_vec() };
+        let frame = Frame {
+            channel: u32::from_le_bytes([c0, c1, c2, c3]),
+            kind,
+            payload: payload.to_vec(),
+        };
         self.pending.drain(..HEADER + length);
         Ok(Some(frame))
     }
@@ -179,7 +186,10 @@ mod tests {
         assert!(matches!(decoder.next_frame(), Err(FrameError::TooLarge(_))));
         let mut decoder = Decoder::default();
         decoder.feed(&[0, 0, 0, 0, 0, 0, 0, 0, 9]);
-        assert!(matches!(decoder.next_frame(), Err(FrameError::UnknownKind(9))));
+        assert!(matches!(
+            decoder.next_frame(),
+            Err(FrameError::UnknownKind(9))
+        ));
     }
 
     #[test]

@@ -19,3 +19,8 @@ pub const PORT_NAME: &str = "dev.microsandbox.agent";
 
 /// Version of the protocol; the agent refuses a host of another one.
 pub const PROTOCOL_VERSION: u32 = 1;
+
+/// How many bytes of standard input the host may send on a channel beyond those that
+/// [`FromAgent::StdinTaken`] has confirmed. A host that sends more stalls all its channels until the
+/// command has read.
+pub const STDIN_WINDOW: usize = 256 << 10;

@@ -21,6 +21,13 @@ pub enum ToAgent {
     },
     /// Changes the terminal size of the channel's command.
     Resize(WindowSize),
+    /// Lets the channel's command send so many more bytes of output. A host that sends this right
+    /// after `Exec` makes the agent wait for it whenever the sum is used up; a host that never
+    /// does takes all output at once.
+    OutputCredit {
+        /// Number of bytes, standard output and standard error together.
+        bytes: u64,
+    },
     /// Mounts one more volume on the running guest.
     Mount(GuestMount),
     /// Unmounts the volume at `target`.
@@ -78,6 +85,12 @@ pub enum FromAgent {
         errno: i32,
         /// What went wrong, in words.
         message: String,
+    },
+    /// The channel's command took, or will never take, so many bytes of its standard input; see
+    /// [`crate::STDIN_WINDOW`].
+    StdinTaken {
+        /// Number of bytes since the last such message.
+        bytes: u64,
     },
     /// The channel's command ended and all its output has been sent.
     Exited(ExitStatus),
