@@ -4,6 +4,7 @@
 
 mod error;
 pub mod plan;
+pub mod rundir;
 pub mod spec;
 
 pub use error::{Error, ErrorKind, MicrosandboxResult};

@@ -8,12 +8,20 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod mount;
 mod name;
+mod option;
+mod rule;
 mod size;
+mod source;
 
+pub use mount::{MountError, MountFlag, MountProblem, parse_mount};
 pub use msb_protocol::SecurityProfile;
 pub use name::{GuestPath, NameError, SandboxName, VolumeName};
+pub use option::OptionProblem;
+pub use rule::RuleError;
 pub use size::{Mebibytes, SizeError, SizeExt};
+pub(crate) use source::absolute;
 
 /// A sandbox as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

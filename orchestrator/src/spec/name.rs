@@ -1,6 +1,7 @@
 //! Names of volumes and sandboxes, and paths in the guest: checked once, when they are made.
 
 use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
 
 use serde::{Deserialize, Serialize};
 
@@ -82,6 +83,14 @@ impl SandboxName {
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl SandboxName {
+    /// A name for a sandbox that was given none: `msb-` and 8 hexadecimal digits.
+    pub fn random() -> Self {
+        let drawn = RandomState::new().build_hasher().finish();
+        Self(format!("msb-{:08x}", drawn & 0xffff_ffff))
     }
 }
 

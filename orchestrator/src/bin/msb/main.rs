@@ -1,2 +1,9 @@
-//! Command line of microsandbox.
-fn main() {}
+//! Command line of microsandbox: flags in, text out.
+
+mod args;
+mod commands;
+mod output;
+
+fn main() -> std::process::ExitCode {
+    commands::run(<args::Cli as clap::Parser>::parse())
+}

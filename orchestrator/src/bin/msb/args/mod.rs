@@ -1,0 +1,126 @@
+//! The command line as it was typed: every verb and its flags.
+
+mod sandbox;
+mod volume;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+pub(crate) use sandbox::{
+    Copy, Create, Exec, ImageCommand, Inspect, Logs, Processes, Remove, Restart, Run, SandboxFlags,
+    Sandboxes, Start, Stop, Supervise,
+};
+pub(crate) use volume::{VolumeCommand, VolumeCreate, VolumeInspect, VolumeList, VolumeRemove};
+
+/// Runs sandboxes in microVMs and gives them storage.
+#[derive(Debug, Parser)]
+#[command(name = "msb", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) log: LogFlags,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How much is said about what is being done, on standard error.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+pub(crate) struct LogFlags {
+    /// Log life-cycle events
+    #[arg(long, global = true)]
+    pub(crate) info: bool,
+    /// Log what helps to find a fault
+    #[arg(long, global = true)]
+    pub(crate) debug: bool,
+    /// Log everything
+    #[arg(long, global = true)]
+    pub(crate) trace: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a new sandbox and pass on its exit code
+    Run(Box<Run>),
+    /// Create a sandbox and leave it running
+    Create(Box<Create>),
+    /// Start stopped sandboxes
+    Start(Start),
+    /// Stop running sandboxes
+    Stop(Stop),
+    /// Stop sandboxes and start them again
+    Restart(Restart),
+    /// Run a command in a sandbox and pass on its exit code
+    Exec(Exec),
+    /// List sandboxes
+    #[command(visible_alias = "list")]
+    Ls(Sandboxes),
+    /// List running sandboxes with what they use
+    #[command(visible_alias = "status")]
+    Ps(Processes),
+    /// Show everything about a sandbox
+    Inspect(Inspect),
+    /// Show what a sandbox has printed
+    Logs(Logs),
+    /// Remove sandboxes
+    #[command(visible_alias = "remove")]
+    Rm(Remove),
+    /// Copy files between the host and a sandbox
+    Cp(Copy),
+    /// Show how much disk space is used
+    Df(Format),
+    /// Look for what is missing on this machine and say how to get it
+    Doctor(Format),
+    /// Print what would be done for a sandbox, as JSON, without doing it
+    Plan(Box<PlanFlags>),
+    /// Manage images
+    #[command(subcommand, visible_alias = "images")]
+    Image(ImageCommand),
+    /// Manage named volumes
+    #[command(subcommand, visible_aliases = ["volumes", "vol", "vols"])]
+    Volume(VolumeCommand),
+    /// Print a completion script for a shell
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+    /// Be the supervisor of one sandbox
+    #[command(hide = true)]
+    Supervise(Supervise),
+}
+
+/// The flags of `msb run`, for a plan only.
+#[derive(Debug, Args)]
+pub(crate) struct PlanFlags {
+    #[command(flatten)]
+    pub(crate) sandbox: SandboxFlags,
+    /// Command to run
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}
+
+/// How a result is printed.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Format {
+    /// For people (`text`) or for programs (`json`)
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(crate) format: OutputFormat,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,447 @@
+//! The flags of the verbs that make sandboxes and work on them.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueEnum};
+use microsandbox::spec::{
+    self, ImageSource, MountFlag, MountSpec, ProcessSpec, SandboxName, SandboxSpec,
+};
+use microsandbox::{Accel, Error, ErrorKind, Mebibytes, SecurityProfile, VmmKind};
+
+use super::Format;
+
+/// What describes a sandbox: shared by `run`, `create` and `plan`.
+#[derive(Debug, Args)]
+pub(crate) struct SandboxFlags {
+    /// Image: a name in the local store, a root file system directory (./rootfs) or a disk image
+    /// (./disk.qcow2)
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+    /// Name of the sandbox
+    #[arg(short, long)]
+    pub(crate) name: Option<String>,
+    /// Number of virtual CPUs
+    #[arg(short, long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) cpus: u8,
+    /// Memory, in MiB or as `2G`
+    #[arg(short, long, value_name = "SIZE", default_value = "512")]
+    pub(crate) memory: Mebibytes,
+    /// Size of the disk that takes what the sandbox writes to its root file system
+    #[arg(long, value_name = "SIZE", default_value = "4G")]
+    pub(crate) root_disk: Mebibytes,
+    #[command(flatten)]
+    pub(crate) mounts: MountFlags,
+    /// What commands in the sandbox may do
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) security: SecurityFlag,
+    #[command(flatten)]
+    pub(crate) process: ProcessFlags,
+    /// Program to run in place of the image's entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) entrypoint: Option<String>,
+    /// Host name in the sandbox; its name when absent
+    #[arg(long)]
+    pub(crate) hostname: Option<String>,
+    /// A label, as NAME=VALUE
+    #[arg(long = "label", value_name = "NAME=VALUE", value_parser = pair)]
+    pub(crate) labels: Vec<(String, String)>,
+    /// Program that runs the VM; the best one found when absent
+    #[arg(long, value_enum)]
+    pub(crate) vmm: Option<VmmFlag>,
+    /// How the VM's processor is made; by hardware where that works when absent
+    #[arg(long, value_enum)]
+    pub(crate) accel: Option<AccelFlag>,
+}
+
+/// Volumes. All of these may be repeated.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Volumes (SOURCE:DEST[:OPTIONS], may be repeated)")]
+pub(crate) struct MountFlags {
+    /// Host directory or file (./path) or named volume (name), made when missing
+    #[arg(short = 'v', long = "volume", value_name = "SOURCE:DEST[:OPTIONS]")]
+    pub(crate) volume: Vec<String>,
+    /// Host directory
+    #[arg(long, value_name = "DIR:DEST[:OPTIONS]")]
+    pub(crate) mount_dir: Vec<String>,
+    /// One host file
+    #[arg(long, value_name = "FILE:DEST[:OPTIONS]")]
+    pub(crate) mount_file: Vec<String>,
+    /// Named volume, made when missing; kind=disk,size=SIZE makes it a disk
+    #[arg(long, value_name = "NAME:DEST[:OPTIONS]")]
+    pub(crate) mount_named: Vec<String>,
+    /// Disk image: format=raw|qcow2|vmdk, fstype=TYPE
+    #[arg(long, value_name = "IMAGE:DEST[:OPTIONS]")]
+    pub(crate) mount_disk: Vec<String>,
+    /// Memory of the sandbox, gone when it stops
+    #[arg(long, value_name = "DEST[:SIZE][:OPTIONS]")]
+    pub(crate) tmpfs: Vec<String>,
+}
+
+/// What a command gets.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Command")]
+pub(crate) struct ProcessFlags {
+    /// Environment variable, as NAME=VALUE, or NAME to pass the caller's on
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Working directory
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User, as NAME, UID, NAME:GROUP or UID:GID
+    #[arg(short, long)]
+    pub(crate) user: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum SecurityFlag {
+    /// Ordinary Linux behaviour
+    #[default]
+    Default,
+    /// No new privileges, no mount administration, nosuid and nodev on every volume
+    Restricted,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum VmmFlag {
+    Libkrun,
+    CloudHypervisor,
+    Qemu,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum AccelFlag {
+    Kvm,
+    Tcg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    pub(crate) sandbox: SandboxFlags,
+    /// Return once it runs, and leave it running
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Remove a sandbox of the same name first
+    #[arg(long)]
+    pub(crate) replace: bool,
+    /// Give the command a terminal even when standard input is none
+    #[arg(short, long, overrides_with = "no_tty")]
+    pub(crate) tty: bool,
+    /// Give the command no terminal
+    #[arg(long)]
+    pub(crate) no_tty: bool,
+    /// Print nothing but what the command prints
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Command to run; the image's own when absent
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    #[command(flatten)]
+    pub(crate) sandbox: SandboxFlags,
+    /// Remove a sandbox of the same name first
+    #[arg(long)]
+    pub(crate) replace: bool,
+    /// Print nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// The sandboxes that a verb works on.
+#[derive(Debug, Args)]
+pub(crate) struct Selection {
+    /// Names of the sandboxes
+    #[arg(value_name = "NAME", required_unless_present = "labels")]
+    pub(crate) names: Vec<String>,
+    /// Every sandbox with this label
+    #[arg(long = "label", value_name = "NAME=VALUE", value_parser = pair)]
+    pub(crate) labels: Vec<(String, String)>,
+    /// Print nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Start {
+    #[command(flatten)]
+    pub(crate) which: Selection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Stop {
+    #[command(flatten)]
+    pub(crate) which: Selection,
+    /// End it at once, without letting its commands finish
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Seconds until it is ended by force
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restart {
+    #[command(flatten)]
+    pub(crate) which: Selection,
+    /// Seconds until it is ended by force
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Remove {
+    #[command(flatten)]
+    pub(crate) which: Selection,
+    /// Stop running ones first
+    #[arg(short, long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Name of the sandbox
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) process: ProcessFlags,
+    /// Return once it runs
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Give the command a terminal even when standard input is none
+    #[arg(short, long, overrides_with = "no_tty")]
+    pub(crate) tty: bool,
+    /// Give the command no terminal
+    #[arg(long)]
+    pub(crate) no_tty: bool,
+    /// Give the command no standard input
+    #[arg(long)]
+    pub(crate) no_stdin: bool,
+    /// Seconds until the command is killed
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
+    /// Print nothing but what the command prints
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Command to run
+    #[arg(last = true, value_name = "CMD", required = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Sandboxes {
+    /// Running ones only
+    #[arg(long, conflicts_with = "stopped")]
+    pub(crate) running: bool,
+    /// Stopped ones only
+    #[arg(long)]
+    pub(crate) stopped: bool,
+    /// Those with this label
+    #[arg(long = "label", value_name = "NAME=VALUE", value_parser = pair)]
+    pub(crate) labels: Vec<(String, String)>,
+    /// Print names only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Processes {
+    /// Stopped ones as well
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Print names only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// Name of the sandbox
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// Name of the sandbox
+    pub(crate) name: String,
+    /// Only the last lines
+    #[arg(long, value_name = "LINES")]
+    pub(crate) tail: Option<usize>,
+    /// Go on printing what comes
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Which log: what the guest's console and the backends say, or what commands print
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) source: LogSource,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogSource {
+    /// Output of the sandbox's main command
+    #[default]
+    Output,
+    /// Console of the guest, backends and VMM
+    System,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Copy {
+    /// From: a host path, or NAME:/path in a sandbox
+    #[arg(value_name = "SOURCE")]
+    pub(crate) source: String,
+    /// To: a host path, or NAME:/path in a sandbox
+    #[arg(value_name = "DEST")]
+    pub(crate) dest: String,
+    /// Print nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Unpack an archive (docker save, OCI layout or root file system tar) into the local store
+    Load {
+        /// The archive
+        file: PathBuf,
+        /// Name to give the image; from the archive when absent
+        #[arg(short, long)]
+        name: Option<String>,
+        /// Print nothing
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// List images
+    #[command(visible_alias = "list")]
+    Ls {
+        #[command(flatten)]
+        format: Format,
+        /// Print names only
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Remove images
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Names of the images
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<String>,
+        /// Print nothing
+        #[arg(short, long)]
+        quiet: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Supervise {
+    /// Folder of the sandbox
+    pub(crate) folder: PathBuf,
+}
+
+impl SandboxFlags {
+    /// The sandbox that these flags ask for; relative host paths are taken from `cwd`.
+    ///
+    /// Everything that is wrong with the mounts is reported at once.
+    pub(crate) fn spec(&self, cwd: &Path) -> Result<SandboxSpec, Error> {
+        let name = match &self.name {
+            Some(name) => SandboxName::try_from(name.clone())?,
+            None => SandboxName::random(),
+        };
+        Ok(SandboxSpec {
+            name,
+            image: ImageSource::parse(&self.image, cwd)?,
+            mounts: self.mounts.specs(cwd)?,
+            cpus: self.cpus,
+            memory: self.memory,
+            root_disk: self.root_disk,
+            security: match self.security {
+                SecurityFlag::Default => SecurityProfile::Default,
+                SecurityFlag::Restricted => SecurityProfile::Restricted,
+            },
+            process: ProcessSpec {
+                entrypoint: self.entrypoint.clone().map(|program| vec![program]),
+                hostname: self.hostname.clone(),
+                ..self.process.spec()?
+            },
+            labels: self.labels.iter().cloned().collect(),
+            ephemeral: false,
+            vmm: self.vmm.map(|vmm| match vmm {
+                VmmFlag::Libkrun => VmmKind::Libkrun,
+                VmmFlag::CloudHypervisor => VmmKind::CloudHypervisor,
+                VmmFlag::Qemu => VmmKind::Qemu,
+            }),
+            accel: self.accel.map(|accel| match accel {
+                AccelFlag::Kvm => Accel::Kvm,
+                AccelFlag::Tcg => Accel::Tcg,
+            }),
+        })
+    }
+}
+
+impl MountFlags {
+    fn specs(&self, cwd: &Path) -> Result<Vec<MountSpec>, Error> {
+        let flags = [
+            (MountFlag::Volume, &self.volume),
+            (MountFlag::Dir, &self.mount_dir),
+            (MountFlag::File, &self.mount_file),
+            (MountFlag::Named, &self.mount_named),
+            (MountFlag::Disk, &self.mount_disk),
+            (MountFlag::Tmpfs, &self.tmpfs),
+        ];
+        let mut mounts = Vec::new();
+        let mut errors = Vec::new();
+        for (flag, texts) in flags {
+            for text in texts {
+                match spec::parse_mount(flag, text, cwd) {
+                    Ok(mount) => mounts.push(mount),
+                    Err(error) => errors.push(Error::from(error)),
+                }
+            }
+        }
+        Error::all(errors).map_or(Ok(mounts), Err)
+    }
+}
+
+impl ProcessFlags {
+    /// What the command gets, with values of the caller's environment filled in.
+    pub(crate) fn spec(&self) -> Result<ProcessSpec, Error> {
+        let mut variables = Vec::new();
+        for given in &self.env {
+            match given.split_once('=') {
+                Some((name, value)) if !name.is_empty() => {
+                    variables.push((name.to_owned(), value.to_owned()));
+                }
+                Some(_) => {
+                    let message = format!("`--env {given}` has no name before `=`");
+                    return Err(Error::new(ErrorKind::InvalidConfig, message).with_value(given));
+                }
+                None => {
+                    if let Ok(value) = env::var(given) {
+                        variables.push((given.clone(), value));
+                    }
+                }
+            }
+        }
+        Ok(ProcessSpec {
+            env: variables,
+            workdir: self.workdir.clone(),
+            user: self.user.clone(),
+            ..ProcessSpec::default()
+        })
+    }
+}
+
+/// Reads `NAME=VALUE`.
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("write it as NAME=VALUE".to_owned()),
+    }
+}
