@@ -1,1 +1,3 @@
 //! Fixtures of the tests.
+
+pub mod msb;
