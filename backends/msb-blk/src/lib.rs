@@ -1,1 +1,15 @@
-//! Library of the msb-blk backend.
+//! Serves a raw, qcow2 or vmdk image over virtio-blk.
+//!
+//! Imports point downwards: `main → args → device → commit | request | image → file → sys`.
+
+#![deny(unsafe_code)]
+#![warn(clippy::indexing_slicing)]
+
+pub mod args;
+pub mod device;
+pub mod file;
+pub mod image;
+pub mod request;
+
+mod commit;
+mod sys;

@@ -1,0 +1,51 @@
+//! Internal snapshots: found only so that nothing ever writes over them.
+
+use super::entry::OFFSET;
+use super::header::{Header, be32, be64};
+use super::table::read_words;
+use crate::file::HostFile;
+use crate::image::ImageError;
+
+const MAX_TABLE_BYTES: u64 = 64 << 20;
+const MAX_L1_BYTES: u64 = 32 << 20;
+/// All L1 tables of snapshots together; beyond it the image is refused for writing.
+const MAX_ALL_L1_BYTES: u64 = 256 << 20;
+
+/// Calls `mark` with offset and length of the snapshot table and of every table a snapshot has.
+pub(super) fn tables(
+    file: &dyn HostFile,
+    header: &Header,
+    mut mark: impl FnMut(u64, u64),
+) -> Result<(), ImageError> {
+    let mut at = header.snapshots_offset;
+    let mut all_l1 = 0;
+    for _ in 0..header.snapshots {
+        let mut fixed = [0; 40];
+        file.read_at(&mut fixed, at)?;
+        let cut_off = |_| ImageError::Corrupt("a snapshot is cut off");
+        let l1_offset = be64(&fixed, 0).map_err(cut_off)?;
+        let l1_bytes = u64::from(be32(&fixed, 8).map_err(cut_off)?) * 8;
+        let id_and_name = be32(&fixed, 12).map_err(cut_off)?;
+        let extra = u64::from(be32(&fixed, 36).map_err(cut_off)?);
+        let names = u64::from(id_and_name >> 16) + u64::from(id_and_name & 0xffff);
+        at += (40 + extra + names).next_multiple_of(8);
+        if at - header.snapshots_offset > MAX_TABLE_BYTES {
+            return Err(ImageError::Corrupt("the snapshot table is too large"));
+        }
+        all_l1 += l1_bytes;
+        let aligned = l1_offset.is_multiple_of(header.cluster_size()) && l1_offset < 1 << 56;
+        if l1_bytes > MAX_L1_BYTES || all_l1 > MAX_ALL_L1_BYTES || !aligned {
+            return Err(ImageError::Corrupt("a snapshot has an impossible L1 table"));
+        }
+        mark(l1_offset, l1_bytes);
+        for word in read_words(file, l1_offset, l1_bytes / 8)? {
+            if word & OFFSET != 0 {
+                mark(word & OFFSET, 1);
+            }
+        }
+    }
+    if header.snapshots > 0 {
+        mark(header.snapshots_offset, at - header.snapshots_offset);
+    }
+    Ok(())
+}

@@ -1,0 +1,252 @@
+//! The L1 table and a cache of L2 table slices; readers of a cached slice share one read lock.
+//!
+//! Invariant: an entry changes on the file first and in the cache second, both under the read lock
+//! of its shard, while a slice is loaded under the write lock. So a loaded slice never misses a
+//! change, and whoever sees an entry in memory finds it in the file as well.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use super::entry::{Entry, OFFSET};
+use crate::file::{Durability, HostFile};
+use crate::image::ImageError;
+
+/// Bytes of an L2 table kept together: 32 MiB of disk with clusters of 64 KiB.
+const SLICE_BYTES: u64 = 4096;
+const SHARDS: u64 = 16;
+/// Most slices per shard: 128 MiB in all, the tables of 1 TiB with clusters of 64 KiB.
+const SLICES_PER_SHARD: usize = 2048;
+
+/// Slice numbers are dense, so one multiplication spreads them well enough.
+#[derive(Default)]
+pub(super) struct SpreadHasher(u64);
+
+impl Hasher for SpreadHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0 ^ value)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(29);
+    }
+}
+
+pub(super) type SpreadMap<V> = HashMap<u64, V, BuildHasherDefault<SpreadHasher>>;
+
+struct Slice {
+    words: Box<[AtomicU64]>,
+    used: AtomicBool,
+}
+
+/// The active mapping of an image.
+pub(super) struct Tables {
+    file: Arc<dyn HostFile>,
+    l1: Vec<AtomicU64>,
+    l1_offset: u64,
+    l2_entries: u64,
+    entry_len: u64,
+    slice_entries: u64,
+    shards: Vec<RwLock<SpreadMap<Slice>>>,
+}
+
+impl Tables {
+    /// Reads the L1 table; `l2_entries` of `entry_len` bytes each make an L2 table.
+    pub(super) fn load(
+        file: Arc<dyn HostFile>,
+        l1_offset: u64,
+        l1_entries: u32,
+        l2_entries: u64,
+        entry_len: u64,
+    ) -> io::Result<Self> {
+        let l1 = read_words(file.as_ref(), l1_offset, u64::from(l1_entries))?;
+        let slice_entries = (SLICE_BYTES / entry_len).min(l2_entries);
+        Ok(Self {
+            file,
+            l1: l1.into_iter().map(AtomicU64::new).collect(),
+            l1_offset,
+            l2_entries,
+            entry_len,
+            slice_entries,
+            shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
+        })
+    }
+
+    /// Number of L1 entries.
+    pub(super) fn l1_len(&self) -> u64 {
+        self.l1.len() as u64
+    }
+
+    /// The L1 entry with this index; 0 beyond the table.
+    pub(super) fn l1(&self, index: u64) -> u64 {
+        let entry = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.l1.get(index));
+        entry.map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// Changes an L1 entry in the file and in memory.
+    pub(super) fn set_l1(&self, index: u64, value: u64, durability: Durability) -> io::Result<()> {
+        let entry = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.l1.get(index));
+        let entry = entry.ok_or(io::ErrorKind::InvalidInput)?;
+        self.file
+            .write_at(&value.to_be_bytes(), self.l1_offset + index * 8, durability)?;
+        entry.store(value, Ordering::Release);
+        Ok(())
+    }
+
+    /// The L2 entry of a guest cluster; all zero when it has no L2 table.
+    pub(super) fn entry(&self, cluster: u64) -> Result<Entry, ImageError> {
+        let table = self.l1(cluster / self.l2_entries) & OFFSET;
+        if table == 0 {
+            return Ok(Entry::default());
+        }
+        let (key, at) = (cluster / self.slice_entries, cluster % self.slice_entries);
+        let shard = self.with_slice(table, key)?;
+        let slice = shard
+            .get(&key)
+            .ok_or(ImageError::Corrupt("an L2 slice is missing"))?;
+        slice.used.store(true, Ordering::Relaxed);
+        Ok(slice.get(at, self.entry_len == 16))
+    }
+
+    /// Changes the L2 entry of a guest cluster, whose L2 table must exist and belong to this image
+    /// alone.
+    pub(super) fn set_entry(&self, cluster: u64, entry: Entry) -> Result<(), ImageError> {
+        let table = self.l1(cluster / self.l2_entries) & OFFSET;
+        if table == 0 {
+            return Err(ImageError::Corrupt("an L2 table is missing"));
+        }
+        let (key, at) = (cluster / self.slice_entries, cluster % self.slice_entries);
+        let shard = self.with_slice(table, key)?;
+        let slice = shard
+            .get(&key)
+            .ok_or(ImageError::Corrupt("an L2 slice is missing"))?;
+        let place = table + cluster % self.l2_entries * self.entry_len;
+        if self.entry_len == 16 {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&entry.word.to_be_bytes());
+            bytes[8..].copy_from_slice(&entry.bitmap.to_be_bytes());
+            self.file.write_at(&bytes, place, Durability::Later)?;
+        } else {
+            self.file
+                .write_at(&entry.word.to_be_bytes(), place, Durability::Later)?;
+        }
+        slice.set(at, entry, self.entry_len == 16);
+        Ok(())
+    }
+
+    /// The shard of slice `key`, locked for reading and with that slice in it.
+    fn with_slice(
+        &self,
+        table: u64,
+        key: u64,
+    ) -> Result<RwLockReadGuard<'_, SpreadMap<Slice>>, ImageError> {
+        let index = usize::try_from(key % SHARDS).unwrap_or(0);
+        let shard = self
+            .shards
+            .get(index)
+            .ok_or(ImageError::Corrupt("no such shard"))?;
+        loop {
+            let guard = shard.read().unwrap_or_else(PoisonError::into_inner);
+            if guard.contains_key(&key) {
+                return Ok(guard);
+            }
+            drop(guard);
+            let mut guard = shard.write().unwrap_or_else(PoisonError::into_inner);
+            if !guard.contains_key(&key) {
+                if guard.len() >= SLICES_PER_SHARD {
+                    evict(&mut guard);
+                }
+                let first = key * self.slice_entries % self.l2_entries;
+                let words = self.slice_entries * self.entry_len / 8;
+                let place = table + first * self.entry_len;
+                let words = read_words(self.file.as_ref(), place, words)?;
+                let words = words.into_iter().map(AtomicU64::new).collect();
+                guard.insert(
+                    key,
+                    Slice {
+                        words,
+                        used: AtomicBool::new(true),
+                    },
+                );
+            }
+        }
+    }
+}
+
+impl Slice {
+    /// The bitmap is read first and written last, so that a bit set in it is never seen together
+    /// with the host offset from before.
+    fn get(&self, at: u64, extended: bool) -> Entry {
+        let word = |index: u64| {
+            let word = usize::try_from(index)
+                .ok()
+                .and_then(|index| self.words.get(index));
+            word.map_or(0, |word| word.load(Ordering::Acquire))
+        };
+        if extended {
+            let bitmap = word(at * 2 + 1);
+            Entry {
+                word: word(at * 2),
+                bitmap,
+            }
+        } else {
+            Entry {
+                word: word(at),
+                bitmap: 0,
+            }
+        }
+    }
+
+    fn set(&self, at: u64, entry: Entry, extended: bool) {
+        let store = |index: u64, value| {
+            if let Some(word) = usize::try_from(index)
+                .ok()
+                .and_then(|index| self.words.get(index))
+            {
+                word.store(value, Ordering::Release);
+            }
+        };
+        if extended {
+            store(at * 2, entry.word);
+            store(at * 2 + 1, entry.bitmap);
+        } else {
+            store(at, entry.word);
+        }
+    }
+}
+
+/// Second chance: drops the first slice that was not used since it was last looked at.
+fn evict(shard: &mut RwLockWriteGuard<'_, SpreadMap<Slice>>) {
+    let unused = shard
+        .iter()
+        .find(|(_, slice)| !slice.used.swap(false, Ordering::Relaxed));
+    let victim = unused.or_else(|| shard.iter().next()).map(|(&key, _)| key);
+    if let Some(key) = victim {
+        shard.remove(&key);
+    }
+}
+
+/// Reads `count` big-endian words at `offset`.
+pub(super) fn read_words(file: &dyn HostFile, offset: u64, count: u64) -> io::Result<Vec<u64>> {
+    let len = usize::try_from(count * 8).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let mut bytes = vec![0; len];
+    file.read_at(&mut bytes, offset)?;
+    let words = bytes.chunks_exact(8);
+    Ok(words
+        .map(|word| word.try_into().map_or(0, u64::from_be_bytes))
+        .collect())
+}
