@@ -57,7 +57,12 @@ impl Home {
     /// [`ErrorKind::Io`] when it cannot be made.
     pub fn at(path: impl Into<PathBuf>) -> MicrosandboxResult<Self> {
         let path = path.into();
-        let cannot = |error| Error::io(format!("cannot use `{}` as MSB_HOME", path.display()), error);
+        let cannot = |error| {
+            Error::io(
+                format!("cannot use `{}` as MSB_HOME", path.display()),
+                error,
+            )
+        };
         let absolute = std::path::absolute(&path).map_err(cannot)?;
         make_dir(&absolute).map_err(cannot)?;
         Ok(Self(absolute))
@@ -105,7 +110,10 @@ impl Home {
 
     /// The folder of one sandbox, whether it exists or not.
     pub fn sandbox(&self, name: &SandboxName) -> SandboxDir {
-        SandboxDir { path: self.sandboxes().join(name.as_str()), name: name.clone() }
+        SandboxDir {
+            path: self.sandboxes().join(name.as_str()),
+            name: name.clone(),
+        }
     }
 
     /// Makes the folder of a sandbox, with its request in it.
@@ -116,7 +124,10 @@ impl Home {
     pub fn create_sandbox(&self, spec: &SandboxSpec) -> MicrosandboxResult<SandboxDir> {
         let dir = self.sandbox(&spec.name);
         let cannot = |error: std::io::Error| {
-            Error::io(format!("cannot make the folder of sandbox `{}`", spec.name), error)
+            Error::io(
+                format!("cannot make the folder of sandbox `{}`", spec.name),
+                error,
+            )
         };
         make_dir(&self.sandboxes()).map_err(cannot)?;
         // It is put together under a name that no sandbox can have, so that it exists whole or not.
@@ -140,7 +151,10 @@ impl Home {
                 format!("there is a sandbox `{}` already", spec.name),
             )
             .with_value(spec.name.as_str())
-            .with_hint(format!("remove it with `msb rm {}`, or choose another name", spec.name))),
+            .with_hint(format!(
+                "remove it with `msb rm {}`, or choose another name",
+                spec.name
+            ))),
             Err(errno) => Err(cannot(errno.into())),
         }
     }
@@ -156,7 +170,10 @@ impl Home {
             Ok(entries) => entries,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => {
-                return Err(Error::io(format!("cannot read `{}`", folder.display()), error));
+                return Err(Error::io(
+                    format!("cannot read `{}`", folder.display()),
+                    error,
+                ));
             }
         };
         let mut names: Vec<SandboxName> = entries
@@ -178,29 +195,40 @@ impl Home {
         if dir.spec_path().exists() {
             return Ok(dir);
         }
-        Err(Error::new(ErrorKind::SandboxNotFound, format!("there is no sandbox `{name}`"))
-            .with_value(name.as_str())
-            .with_hint("`msb ls` lists the sandboxes"))
+        Err(Error::new(
+            ErrorKind::SandboxNotFound,
+            format!("there is no sandbox `{name}`"),
+        )
+        .with_value(name.as_str())
+        .with_hint("`msb ls` lists the sandboxes"))
     }
 
     /// Removes what sandboxes left behind whose supervisor ended without clearing up: sockets,
     /// half-made folders, and sandboxes that were to be removed when they stop.
     pub fn sweep(&self) {
         for dir in self.list_sandboxes().unwrap_or_default() {
-            let Ok(Some(lock)) = dir.try_lock() else { continue };
+            let Ok(Some(lock)) = dir.try_lock() else {
+                continue;
+            };
             let ephemeral = dir.spec().is_ok_and(|spec| spec.ephemeral);
-            let never_ran = dir.state().is_ok_and(|state| state.status == Status::Created);
+            let never_ran = dir
+                .state()
+                .is_ok_and(|state| state.status == Status::Created);
             self.socket_dir(&dir.name).remove();
             // One that was only just made is about to be started by whoever made it.
             if ephemeral && !(never_ran && dir.is_young()) {
                 let _ = dir.remove_locked(&lock);
             }
         }
-        let drafts = std::fs::read_dir(self.sandboxes()).into_iter().flatten().flatten();
+        let drafts = std::fs::read_dir(self.sandboxes())
+            .into_iter()
+            .flatten()
+            .flatten();
         for draft in drafts {
             let name = draft.file_name();
             let left_over = name.to_str().is_some_and(|n| n.starts_with(".rm-"))
-                || (name.to_str().is_some_and(|n| n.starts_with(".new-")) && !is_young(&draft.path()));
+                || (name.to_str().is_some_and(|n| n.starts_with(".new-"))
+                    && !is_young(&draft.path()));
             if left_over {
                 let _ = std::fs::remove_dir_all(draft.path());
             }
@@ -209,7 +237,9 @@ impl Home {
 
     /// The folder of a running sandbox's sockets.
     pub fn socket_dir(&self, name: &SandboxName) -> SocketDir {
-        SocketDir { path: self.run().join(short_hash(name.as_str().as_bytes())) }
+        SocketDir {
+            path: self.run().join(short_hash(name.as_str().as_bytes())),
+        }
     }
 }
 
@@ -222,7 +252,9 @@ pub struct SandboxDir {
 
 /// A lock on a sandbox, held until it is dropped or the process ends.
 #[derive(Debug)]
-pub struct SandboxLock(File);
+pub struct SandboxLock {
+    _file: File,
+}
 
 /// What a sandbox is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -260,7 +292,13 @@ pub struct SandboxState {
 impl SandboxState {
     /// The state of a sandbox that has never run.
     pub fn created() -> Self {
-        Self { status: Status::Created, pid: None, started_at_ms: None, boot_ms: None, failure: None }
+        Self {
+            status: Status::Created,
+            pid: None,
+            started_at_ms: None,
+            boot_ms: None,
+            failure: None,
+        }
     }
 }
 
@@ -331,9 +369,15 @@ impl SandboxDir {
     /// [`ErrorKind::Io`] when its folder cannot be read.
     pub fn state(&self) -> MicrosandboxResult<SandboxState> {
         let path = self.path.join("state.json");
-        let mut state = if path.exists() { read_json(&path)? } else { SandboxState::created() };
-        let claims_to_run =
-            matches!(state.status, Status::Starting | Status::Running | Status::Stopping);
+        let mut state = if path.exists() {
+            read_json(&path)?
+        } else {
+            SandboxState::created()
+        };
+        let claims_to_run = matches!(
+            state.status,
+            Status::Starting | Status::Running | Status::Stopping
+        );
         if claims_to_run && !self.is_running() {
             state.status = Status::Failed;
             state.pid = None;
@@ -370,14 +414,20 @@ impl SandboxDir {
                 .with_value(self.name.as_str()));
             }
             Err(errno) => {
-                return Err(Error::io(format!("cannot open `{}`", path.display()), errno));
+                return Err(Error::io(
+                    format!("cannot open `{}`", path.display()),
+                    errno,
+                ));
             }
         };
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => return Ok(None),
             Err(errno) => {
-                return Err(Error::io(format!("cannot lock `{}`", path.display()), errno));
+                return Err(Error::io(
+                    format!("cannot lock `{}`", path.display()),
+                    errno,
+                ));
             }
         }
         // The folder may have been removed, and made anew, between the two calls.
@@ -386,7 +436,7 @@ impl SandboxDir {
             _ => false,
         };
         if same {
-            Ok(Some(SandboxLock(file)))
+            Ok(Some(SandboxLock { _file: file }))
         } else {
             Err(Error::new(
                 ErrorKind::SandboxNotFound,
@@ -426,13 +476,6 @@ impl SandboxDir {
     }
 }
 
-impl SandboxLock {
-    /// Whether the lock still belongs to a sandbox that is listed.
-    pub(crate) fn file(&self) -> &File {
-        &self.0
-    }
-}
-
 /// The folder of a running sandbox's sockets; its path is short, for the sake of `sun_path`.
 #[derive(Debug, Clone)]
 pub struct SocketDir {
@@ -447,7 +490,10 @@ impl SocketDir {
         if let Some(run) = self.path.parent() {
             make_dir(run).map_err(cannot)?;
         }
-        DirBuilder::new().mode(0o700).create(&self.path).map_err(cannot)
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&self.path)
+            .map_err(cannot)
     }
 
     /// The path of a socket.
@@ -463,7 +509,10 @@ impl SocketDir {
         }
         Err(Error::new(
             ErrorKind::InvalidConfig,
-            format!("socket path `{}` has {length} bytes, {SUN_PATH_MAX} are possible", path.display()),
+            format!(
+                "socket path `{}` has {length} bytes, {SUN_PATH_MAX} are possible",
+                path.display()
+            ),
         )
         .with_hint("set MSB_HOME to a folder with a shorter path"))
     }
@@ -479,7 +528,11 @@ impl SocketDir {
 pub(crate) fn short_hash(bytes: &[u8]) -> String {
     use sha2::Digest;
     let digest = sha2::Sha256::digest(bytes);
-    digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+    digest
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// Makes a folder and its parents, for the user alone.
@@ -490,7 +543,9 @@ pub(crate) fn make_dir(path: &Path) -> std::io::Result<()> {
 /// Writes a file whole: its old content stays until the new one is on disk.
 pub(crate) fn write_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().ok_or(std::io::ErrorKind::InvalidInput)?;
-    let mut draft = tempfile::Builder::new().prefix(".draft-").tempfile_in(folder)?;
+    let mut draft = tempfile::Builder::new()
+        .prefix(".draft-")
+        .tempfile_in(folder)?;
     draft.write_all(content)?;
     draft.as_file().sync_all()?;
     draft.persist(path).map_err(|error| error.error)?;
