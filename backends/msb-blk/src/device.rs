@@ -166,29 +166,26 @@ impl BlkDevice {
         })
     }
 
+    /// Reads without waiting as far as that goes, the next piece through the ring.
     fn read(&self, queue: u16, mut read: OpenRead) {
-        loop {
-            let before = read.data.len();
-            let result = self
-                .image
-                .read(&mut read.data, read.offset, before as u64, Wait::Never);
-            read.offset += (before - read.data.len()) as u64;
-            match result {
-                Ok(()) => return read.pending.finish(read.room, Status::Ok),
-                Err(e) if e.would_block() => match self.read_later(queue, read) {
-                    None => return,
-                    Some(back) => {
-                        read = back;
-                        let left = read.data.len() as u64;
-                        let result =
-                            self.image
-                                .read(&mut read.data, read.offset, left, Wait::Allowed);
-                        return read.pending.finish(read.room, status_of(result));
-                    }
-                },
-                Err(e) => return read.pending.finish(read.room, status_of(Err(e))),
+        let before = read.data.len() as u64;
+        let result = self
+            .image
+            .read(&mut read.data, read.offset, before, Wait::Never);
+        read.offset += before - read.data.len() as u64;
+        let result = match result {
+            Err(e) if e.would_block() => {
+                let Some(back) = self.read_later(queue, read) else {
+                    return;
+                };
+                read = back;
+                let left = read.data.len() as u64;
+                self.image
+                    .read(&mut read.data, read.offset, left, Wait::Allowed)
             }
-        }
+            result => result,
+        };
+        read.pending.finish(read.room, status_of(result));
     }
 
     /// Queues the next piece of a read on the ring; gives it back if that cannot be done.
@@ -361,10 +358,10 @@ impl Device for BlkDevice {
     }
 
     fn end_batch(&self, queue: u16) {
-        if let Some(ring) = self.queue(queue).and_then(|queue| queue.ring.as_ref()) {
-            if let Err(error) = lock(ring).submit() {
-                tracing::error!(%error, "io_uring takes no reads");
-            }
+        if let Some(ring) = self.queue(queue).and_then(|queue| queue.ring.as_ref())
+            && let Err(error) = lock(ring).submit()
+        {
+            tracing::error!(%error, "io_uring takes no reads");
         }
     }
 

@@ -167,14 +167,12 @@ mod tests {
         bytes
     }
 
-    fn check(readable: Vec<u8>, room: usize, expected: Result<Operation, Status>) {
-        let mut segments = Segments::from_vec(readable.clone());
-        assert_eq!(
-            parse(&mut segments, room, &LIMITS),
-            expected,
-            "{readable:?} {room}"
-        );
+    fn check(readable: impl Into<Vec<u8>>, room: usize, expected: impl Into<Answer>) {
+        let mut segments = Segments::from_vec(readable.into());
+        assert_eq!(parse(&mut segments, room, &LIMITS), expected.into());
     }
+
+    type Answer = Result<Operation, Status>;
 
     fn bytes(offset: u64, len: u64) -> Range {
         Range {

@@ -1,5 +1,7 @@
 //! Every variant qemu-img can make reads back as qemu-img itself reads it.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod support;
 
 use support::*;

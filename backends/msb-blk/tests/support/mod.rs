@@ -1,6 +1,11 @@
 //! What the image tests share: patterns, qemu-img, and opening an image the way the program does.
 
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    reason = "each test uses a part of it"
+)]
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -140,11 +140,11 @@ impl Space {
 
     /// Takes clusters back to which the tables no longer refer.
     pub(super) fn give_back(&mut self, run: Run) {
-        if let Some(last) = self.returned.last_mut() {
-            if last.first + last.count == run.first {
-                last.count += run.count;
-                return;
-            }
+        if let Some(last) = self.returned.last_mut()
+            && last.first + last.count == run.first
+        {
+            last.count += run.count;
+            return;
         }
         self.returned.push(run);
     }

@@ -327,14 +327,14 @@ impl Qcow2 {
     /// Hands on a result; one that shows corruption is recorded in the image, and it takes no more
     /// writes.
     fn note_corruption<T>(&self, result: Result<T, ImageError>) -> Result<T, ImageError> {
-        if let Err(ImageError::Corrupt(reason)) = &result {
-            if !self.corrupt.swap(true, Ordering::Relaxed) {
-                tracing::error!(reason, "the image is corrupt and takes no more writes");
-                if self.header.version == 3 && !self.read_only {
-                    let bits = self.header.incompatible | header::CORRUPT;
-                    self.file
-                        .write_at(&bits.to_be_bytes(), 72, Durability::Now)?;
-                }
+        if let Err(ImageError::Corrupt(reason)) = &result
+            && !self.corrupt.swap(true, Ordering::Relaxed)
+        {
+            tracing::error!(reason, "the image is corrupt and takes no more writes");
+            if self.header.version == 3 && !self.read_only {
+                let bits = self.header.incompatible | header::CORRUPT;
+                self.file
+                    .write_at(&bits.to_be_bytes(), 72, Durability::Now)?;
             }
         }
         result

@@ -190,14 +190,14 @@ fn extent_line(line: &str) -> Option<ExtentLine> {
 mod tests {
     use super::*;
 
-    fn check(line: &str, expected: Option<ExtentKind>) {
+    fn check(line: &str, expected: impl Into<Option<ExtentKind>>) {
         let text = format!("# Disk DescriptorFile\nCID=00000001\nparentCID=ffffffff\n{line}\n");
         let kinds = Descriptor::parse(text.as_bytes());
         let kind = kinds
             .ok()
             .and_then(|d| d.extents.into_iter().next())
             .map(|e| e.kind);
-        assert_eq!(kind, expected, "{line}");
+        assert_eq!(kind, expected.into(), "{line}");
     }
 
     #[test]

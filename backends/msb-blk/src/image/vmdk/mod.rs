@@ -32,7 +32,7 @@ pub enum Source {
 
 enum Body {
     Flat(Arc<dyn HostFile>, u64),
-    Sparse(Sparse),
+    Sparse(Box<Sparse>),
     Zero,
 }
 
@@ -81,7 +81,7 @@ impl Vmdk {
             let end = start + line.sectors * 512;
             let body = match source {
                 Source::Flat(file, offset) => Body::Flat(file, offset),
-                Source::Sparse(file, header) => Body::Sparse(Sparse::open(file, header)?),
+                Source::Sparse(file, header) => Body::Sparse(Box::new(Sparse::open(file, header)?)),
                 Source::Zero => Body::Zero,
             };
             parts.push(Part {

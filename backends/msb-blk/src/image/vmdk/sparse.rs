@@ -43,13 +43,16 @@ struct Space {
     target: u64,
 }
 
+/// Grain tables by number.
+type Tables = HashMap<u64, Box<[AtomicU32]>>;
+
 /// One sparse extent.
 pub(super) struct Sparse {
     file: Arc<dyn HostFile>,
     header: SparseHeader,
     directory: Vec<AtomicU32>,
     redundant: Vec<AtomicU32>,
-    tables: RwLock<HashMap<u64, Box<[AtomicU32]>>>,
+    tables: RwLock<Tables>,
     /// Sectors of grain tables that lie among the grains, with their length.
     late_tables: RwLock<Vec<(u64, u64)>>,
     space: Mutex<Space>,
@@ -175,10 +178,7 @@ impl Sparse {
         Ok(())
     }
 
-    fn with_table(
-        &self,
-        table: u64,
-    ) -> Result<RwLockReadGuard<'_, HashMap<u64, Box<[AtomicU32]>>>, ImageError> {
+    fn with_table(&self, table: u64) -> Result<RwLockReadGuard<'_, Tables>, ImageError> {
         loop {
             let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
             if tables.contains_key(&table) {
