@@ -3,9 +3,12 @@
 #![deny(unsafe_code)]
 
 mod error;
+pub mod host;
+pub mod image;
 pub mod plan;
 pub mod rundir;
 pub mod spec;
+pub mod volume;
 
 pub use error::{Error, ErrorKind, MicrosandboxResult};
 pub use spec::{

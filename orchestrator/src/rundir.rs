@@ -34,6 +34,15 @@ impl Home {
     ///
     /// [`ErrorKind::InvalidConfig`] when neither `MSB_HOME` nor `HOME` is set.
     pub fn from_env() -> MicrosandboxResult<Self> {
+        Self::at(Self::locate()?.0)
+    }
+
+    /// The home that the environment names, whether it exists or not.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidConfig`] when neither `MSB_HOME` nor `HOME` is set.
+    pub fn locate() -> MicrosandboxResult<Self> {
         let path = match std::env::var_os("MSB_HOME").filter(|value| !value.is_empty()) {
             Some(path) => PathBuf::from(path),
             None => match std::env::var_os("HOME").filter(|value| !value.is_empty()) {
@@ -47,7 +56,13 @@ impl Home {
                 }
             },
         };
-        Self::at(path)
+        let absolute = std::path::absolute(&path).map_err(|error| {
+            Error::io(
+                format!("cannot use `{}` as MSB_HOME", path.display()),
+                error,
+            )
+        })?;
+        Ok(Self(absolute))
     }
 
     /// The home at `path`, made when it is missing.

@@ -3,20 +3,38 @@
 //! A plan is data: it can be printed (`msb plan`), compared and tested. It names files and
 //! programs, but nothing in this folder touches them.
 
+mod guest;
+mod mounts;
+mod refusal;
+mod vm;
+
 use std::path::PathBuf;
 
 use msb_protocol::GuestPlan;
 use serde::{Deserialize, Serialize};
 
+pub use refusal::{HostGap, Refusal, SourceProblem};
+
+use crate::error::{Error, ErrorKind, MicrosandboxResult};
+use crate::host::HostFacts;
 use crate::spec::{
-    Accel, CachePolicy, DiskImageFormat, HostPermissions, SandboxName, StatVirtualization, VmmKind,
+    Accel, CachePolicy, DiskImageFormat, HostPermissions, Mebibytes, NamedVolumeMode, SandboxName,
+    SandboxSpec, StatVirtualization, VmmKind, VolumeName, VolumeRequest,
 };
+
+/// Least memory that a guest boots with.
+const LEAST_MEMORY: Mebibytes = Mebibytes(64);
+
+/// Least root disk that ext4 can be made on.
+const LEAST_ROOT_DISK: Mebibytes = Mebibytes(1);
 
 /// What will be done for one sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// The sandbox.
     pub name: SandboxName,
+    /// Named volumes that are looked up or made first, in the order of their names.
+    pub volumes: Vec<VolumePlan>,
     /// One process each, in the order in which they are started: the root file system's first.
     pub backends: Vec<BackendPlan>,
     /// Files that are made before the backends start.
@@ -25,6 +43,101 @@ pub struct Plan {
     pub vm: VmPlan,
     /// What the guest is told.
     pub guest: GuestPlan,
+}
+
+impl Plan {
+    /// Decides what will be done, with everything that is wrong as one error.
+    ///
+    /// # Errors
+    ///
+    /// The first of [`Plan::new`]'s refusals, with the rest in [`Error::also`].
+    pub fn decide(spec: &SandboxSpec, facts: &HostFacts) -> MicrosandboxResult<Self> {
+        Self::new(spec, facts).map_err(|refusals| {
+            let errors = refusals.into_iter().map(Error::from);
+            let none = || {
+                Error::new(
+                    ErrorKind::InvalidConfig,
+                    "the request cannot be carried out",
+                )
+            };
+            Error::all(errors).unwrap_or_else(none)
+        })
+    }
+
+    /// Decides what will be done for `spec` on a host about which `facts` are known.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with the request; only when nothing is, what the host lacks.
+    pub fn new(spec: &SandboxSpec, facts: &HostFacts) -> Result<Self, Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        check_size("memory", spec.memory, LEAST_MEMORY, &mut refusals);
+        check_size("root disk", spec.root_disk, LEAST_ROOT_DISK, &mut refusals);
+        let root = guest::root(spec, facts).map_err(|refusal| refusals.push(refusal));
+        let mounted = mounts::plan(spec, facts, &mut refusals);
+        let (Ok(root), true) = (root, refusals.is_empty()) else {
+            return Err(refusals);
+        };
+
+        let mut disks = mounted.disks;
+        disks.extend(root.probed.then_some(None));
+        let mut backends = root.backends;
+        backends.extend(mounted.backends);
+        let mut gaps = programs(facts, &backends, &root.disks);
+        let vm = vm::plan(spec, facts, backends.len(), &disks, &mut gaps);
+        if !gaps.is_empty() {
+            return Err(gaps.into_iter().map(Refusal::Host).collect());
+        }
+        Ok(Self {
+            name: spec.name.clone(),
+            volumes: mounted.volumes,
+            backends,
+            disks: root.disks,
+            vm,
+            guest: guest::plan(spec, root.guest, mounted.guest),
+        })
+    }
+}
+
+fn check_size(what: &'static str, given: Mebibytes, least: Mebibytes, refusals: &mut Vec<Refusal>) {
+    if given < least {
+        let (given, least) = (given.to_string(), least.to_string());
+        refusals.push(Refusal::TooSmall { what, given, least });
+    }
+}
+
+/// The programs that this plan needs and the host lacks.
+fn programs(facts: &HostFacts, backends: &[BackendPlan], disks: &[DiskPlan]) -> Vec<HostGap> {
+    let programs = &facts.programs;
+    let shares = backends
+        .iter()
+        .any(|backend| matches!(backend.device, DevicePlan::Fs(_)));
+    let blocks = backends
+        .iter()
+        .any(|backend| matches!(backend.device, DevicePlan::Blk(_)));
+    [
+        (shares, &programs.fs, "msb-fs"),
+        (blocks, &programs.blk, "msb-blk"),
+        (true, &programs.agent, "msb-agent"),
+        (!disks.is_empty(), &programs.mkfs, "mkfs.ext4"),
+    ]
+    .into_iter()
+    .filter(|(needed, found, _)| *needed && found.is_none())
+    .map(|(_, _, name)| HostGap::Program(name))
+    .collect()
+}
+
+/// A named volume that the sandbox mounts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumePlan {
+    /// Its name.
+    pub name: VolumeName,
+    /// What is done when it exists or is missing.
+    pub mode: NamedVolumeMode,
+    /// What is asked of it.
+    pub request: VolumeRequest,
+    /// Whether it exists now.
+    pub exists: bool,
 }
 
 /// One backend process and the device it serves.
@@ -128,3 +241,6 @@ pub struct VmPlan {
     /// Kernel modules that the initramfs must carry, by name.
     pub module_names: Vec<String>,
 }
+
+#[cfg(test)]
+mod tests;

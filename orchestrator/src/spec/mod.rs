@@ -4,6 +4,7 @@
 //! types that can only be made by checking it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -21,7 +22,6 @@ pub use name::{GuestPath, NameError, SandboxName, VolumeName};
 pub use option::OptionProblem;
 pub use rule::RuleError;
 pub use size::{Mebibytes, SizeError, SizeExt};
-pub(crate) use source::absolute;
 
 /// A sandbox as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -233,6 +233,15 @@ pub enum VolumeKind {
     Disk,
 }
 
+impl fmt::Display for VolumeKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Directory => "dir",
+            Self::Disk => "disk",
+        })
+    }
+}
+
 /// What a mount of a named volume does about its existence.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -281,6 +290,16 @@ pub enum VmmKind {
     CloudHypervisor,
     /// QEMU.
     Qemu,
+}
+
+impl fmt::Display for VmmKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Libkrun => "libkrun",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Qemu => "QEMU",
+        })
+    }
 }
 
 /// How the VM's processor is made.

@@ -1,5 +1,7 @@
 //! One function per verb: what was typed becomes a call of the library, its result text.
 
+mod plan;
+
 use std::env;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,6 +28,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
 
 async fn dispatch(command: Command) -> Result<ExitCode, Error> {
     match command {
+        Command::Plan(flags) => plan::plan(&flags),
         // Verbs whose module is still to come.
         other => Err(Error::new(
             ErrorKind::Unsupported,

@@ -1,0 +1,83 @@
+//! Reads the host once, before anything is decided: paths, volumes, programs, kernel, KVM.
+
+mod kernel;
+mod path;
+mod program;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+pub use kernel::{KernelFacts, KvmFacts};
+pub use path::{Link, PathFacts, PathKind};
+pub use program::Programs;
+
+use crate::image::ImageStore;
+use crate::rundir::Home;
+use crate::spec::{ImageSource, MountSource, SandboxSpec, VolumeName};
+use crate::volume::{self, VolumeFacts};
+use crate::{ErrorKind, MicrosandboxResult};
+
+/// What a plan needs to know about the host.
+#[derive(Debug, Clone)]
+pub struct HostFacts {
+    /// The folder that holds everything of ours.
+    pub home: PathBuf,
+    /// Root file system of the stored image that is asked for, if there is such an image.
+    pub stored_image: Option<PathBuf>,
+    /// Every host path of the request.
+    pub paths: BTreeMap<PathBuf, PathFacts>,
+    /// Those named volumes of the request that exist.
+    pub volumes: BTreeMap<VolumeName, VolumeFacts>,
+    /// The programs and libraries that may be needed.
+    pub programs: Programs,
+    /// The guest kernel, or why there is none.
+    pub kernel: Result<KernelFacts, String>,
+    /// What can be said about hardware virtualisation.
+    pub kvm: KvmFacts,
+}
+
+impl HostFacts {
+    /// Reads what a plan for `spec` needs to know. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::ErrorKind::Io`] when our own state cannot be read; what is missing on the host is a
+    /// fact, not an error.
+    pub fn read(spec: &SandboxSpec, home: &Home) -> MicrosandboxResult<Self> {
+        let mut facts = Self {
+            home: home.path().to_owned(),
+            stored_image: None,
+            paths: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            programs: Programs::find(),
+            kernel: KernelFacts::find(home),
+            kvm: KvmFacts::read(),
+        };
+        match &spec.image {
+            ImageSource::Stored { reference } => {
+                facts.stored_image = match ImageStore::of(home).find(reference) {
+                    Ok(image) => Some(image.rootfs()),
+                    Err(error) if error.kind() == ErrorKind::ImageNotFound => None,
+                    Err(error) => return Err(error),
+                }
+            }
+            ImageSource::Directory { path } | ImageSource::Disk { path, .. } => {
+                facts.paths.insert(path.clone(), PathFacts::read(path));
+            }
+        }
+        for mount in &spec.mounts {
+            match &mount.source {
+                MountSource::Bind { path, .. } | MountSource::Disk { path, .. } => {
+                    facts.paths.insert(path.clone(), PathFacts::read(path));
+                }
+                MountSource::Named { name, .. } => {
+                    if let Some(volume) = volume::facts(home, name)? {
+                        facts.volumes.insert(name.clone(), volume);
+                    }
+                }
+                MountSource::Tmpfs { .. } => {}
+            }
+        }
+        Ok(facts)
+    }
+}
