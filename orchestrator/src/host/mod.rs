@@ -10,6 +10,7 @@ use std::path::PathBuf;
 pub use kernel::{KernelFacts, KvmFacts};
 pub use path::{Link, PathFacts, PathKind};
 pub use program::Programs;
+pub(crate) use program::in_path;
 
 use crate::image::ImageStore;
 use crate::rundir::Home;

@@ -1,11 +1,19 @@
 //! Named volumes: a store with locks and crash-safe metadata, and access to what they hold.
 
+mod disk;
 mod fit;
 mod record;
+mod store;
+mod tree;
+mod users;
+
+pub(crate) use disk::make_ext4;
 
 pub(crate) use fit::fit;
 pub use fit::{Misfit, VolumeFacts, VolumeProblem};
 pub(crate) use record::DISK_IMAGE;
+pub use store::{Prepared, prepare};
+pub use users::VolumeUse;
 
 use crate::MicrosandboxResult;
 use crate::rundir::Home;

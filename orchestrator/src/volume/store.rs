@@ -1,0 +1,475 @@
+//! The store: volumes are made, found and removed whole, whoever is killed at whatever moment.
+//!
+//! Whatever changes a volume holds its name's lock. A record says what is going on before it goes
+//! on: a record that is not `Ready` while nobody holds the lock speaks of a volume whose maker or
+//! remover was killed, and whoever meets it next clears it away.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::time::SystemTime;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::disk::make_ext4;
+use super::fit::{VolumeProblem, fit};
+use super::record::{self, DISK_IMAGE, Phase, Record, folder, record_path, records};
+use super::tree;
+use super::users::{VolumeUse, sandboxes_using};
+use crate::error::{Error, ErrorKind, MicrosandboxResult};
+use crate::plan::VolumePlan;
+use crate::rundir::{Home, make_dir, millis, sync_dir, write_json};
+use crate::spec::{Mebibytes, NamedVolumeMode, SandboxName, VolumeKind, VolumeName, VolumeRequest};
+
+/// The volumes that were made for a sandbox, so that they can be taken back when it does not start.
+#[derive(Debug, Default)]
+#[must_use = "roll it back when the sandbox is not made"]
+pub struct Prepared {
+    made: Vec<Record>,
+}
+
+/// The lock of one name, held until it is dropped.
+struct NameLock(#[expect(dead_code, reason = "closing it frees the lock")] File);
+
+/// Finds or makes the volumes of a plan, in the order of their names.
+///
+/// # Errors
+///
+/// Why one of them can neither be used nor made; those made before it are removed again.
+pub fn prepare(home: &Home, volumes: &[VolumePlan]) -> MicrosandboxResult<Prepared> {
+    let mut prepared = Prepared::default();
+    for volume in volumes {
+        match ensure(home, &volume.name, volume.mode, &volume.request) {
+            Ok((record, true)) => prepared.made.push(record),
+            Ok((_, false)) => {}
+            Err(error) => {
+                prepared.roll_back(home);
+                return Err(error);
+            }
+        }
+    }
+    Ok(prepared)
+}
+
+impl Prepared {
+    /// Names of the volumes that were made.
+    pub fn made(&self) -> impl Iterator<Item = &VolumeName> {
+        self.made.iter().map(|record| &record.name)
+    }
+
+    /// Removes what was made, unless a sandbox runs with it by now. Call it after the sandbox that
+    /// it was made for has ended.
+    pub fn roll_back(self, home: &Home) {
+        for made in self.made {
+            let Ok(_lock) = lock(home, &made.name) else {
+                continue;
+            };
+            let unchanged =
+                record::read(home, &made.name).is_ok_and(|now| now.as_ref() == Some(&made));
+            let used = sandboxes_using(home, &made.name)
+                .is_ok_and(|users| users.iter().any(|user| user.running));
+            if unchanged && !used {
+                // What cannot be removed stays, as a volume that can be used and removed later.
+                let _ = remove_locked(home, made);
+            }
+        }
+    }
+}
+
+/// Finds a volume or makes it; tells whether it was made.
+pub(super) fn ensure(
+    home: &Home,
+    name: &VolumeName,
+    mode: NamedVolumeMode,
+    request: &VolumeRequest,
+) -> MicrosandboxResult<(Record, bool)> {
+    let _lock = lock(home, name)?;
+    let existing = settled(home, name)?;
+    let facts = existing.as_ref().map(Record::facts);
+    let kind = fit(mode, request, facts.as_ref()).map_err(|problem| problem.into_error(name))?;
+    match existing {
+        Some(record) => Ok((record, false)),
+        None => Ok((make(home, name, kind, request)?, true)),
+    }
+}
+
+/// The record of a volume that exists.
+pub(super) fn find(home: &Home, name: &VolumeName) -> MicrosandboxResult<Record> {
+    let record = record::read(home, name)?.filter(|record| record.phase == Phase::Ready);
+    record.ok_or_else(|| VolumeProblem::Missing.into_error(name))
+}
+
+/// Every volume, newest first. What a killed maker or remover left behind is cleared away.
+pub(super) fn list(home: &Home) -> MicrosandboxResult<Vec<Record>> {
+    let place = records(home);
+    let entries = match fs::read_dir(&place) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => {
+            return Err(Error::io(
+                format!("cannot read `{}`", place.display()),
+                error,
+            ));
+        }
+    };
+    let mut found = Vec::new();
+    for entry in entries.flatten() {
+        let file = entry.file_name();
+        let name = file.to_str().and_then(|file| file.strip_suffix(".json"));
+        let Some(Ok(name)) = name.map(|name| VolumeName::try_from(name.to_owned())) else {
+            continue;
+        };
+        // One that is removed at this moment is simply not there.
+        match record::read(home, &name) {
+            Ok(Some(record)) if record.phase == Phase::Ready => found.push(record),
+            Ok(Some(_)) => {
+                if let Ok(Some(_lock)) = try_lock(home, &name) {
+                    settled(home, &name)?;
+                }
+            }
+            Ok(None) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    found.sort_by(|a, b| (b.created_at_ms, &a.name).cmp(&(a.created_at_ms, &b.name)));
+    Ok(found)
+}
+
+/// Removes a volume and what it holds.
+pub(super) fn remove(home: &Home, name: &VolumeName) -> MicrosandboxResult<()> {
+    let _lock = lock(home, name)?;
+    let record = settled(home, name)?.ok_or_else(|| VolumeProblem::Missing.into_error(name))?;
+    let users = sandboxes_using(home, name)?;
+    let running: Vec<SandboxName> = users
+        .into_iter()
+        .filter(|user| user.running)
+        .map(|user: VolumeUse| user.sandbox)
+        .collect();
+    if !running.is_empty() {
+        let names: Vec<&str> = running.iter().map(SandboxName::as_str).collect();
+        let names = names.join(" ");
+        let message = format!("volume `{name}` is mounted by running sandboxes: {names}");
+        return Err(Error::new(ErrorKind::InUse, message)
+            .with_value(name.as_str())
+            .with_hint(format!("stop them first: msb stop {names}")));
+    }
+    if record.kind == VolumeKind::Disk && is_attached(home, name) {
+        let message = format!("the disk of volume `{name}` is attached somewhere");
+        return Err(Error::new(ErrorKind::InUse, message)
+            .with_value(name.as_str())
+            .with_hint("some other program holds a lock on its disk.raw; `lsof` can tell which"));
+    }
+    remove_locked(home, record)
+}
+
+/// Whether a backend, or anybody else, holds the lock of a disk volume's image.
+fn is_attached(home: &Home, name: &VolumeName) -> bool {
+    let Ok(image) = File::open(folder(home, name).join(DISK_IMAGE)) else {
+        return false;
+    };
+    rustix::fs::flock(&image, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK)
+}
+
+/// The record of a volume that is whole, after clearing away one that is not. Needs the lock.
+fn settled(home: &Home, name: &VolumeName) -> MicrosandboxResult<Option<Record>> {
+    match record::read(home, name)? {
+        Some(record) if record.phase != Phase::Ready => {
+            clear(home, name)?;
+            Ok(None)
+        }
+        other => Ok(other),
+    }
+}
+
+fn make(
+    home: &Home,
+    name: &VolumeName,
+    kind: VolumeKind,
+    request: &VolumeRequest,
+) -> MicrosandboxResult<Record> {
+    let place = folder(home, name);
+    let cannot = |error| Error::io(format!("cannot make volume `{name}`"), error);
+    if place.symlink_metadata().is_ok() {
+        let message = format!("`{}` exists, but is no volume", place.display());
+        return Err(Error::new(ErrorKind::VolumeAlreadyExists, message)
+            .with_value(name.as_str())
+            .with_hint("move it away, or mount it as a host directory"));
+    }
+    let disk = kind == VolumeKind::Disk;
+    let mut record = Record {
+        name: name.clone(),
+        kind,
+        phase: Phase::Making,
+        capacity_bytes: request.size.filter(|_| disk).map(Mebibytes::bytes),
+        quota_mib: request.quota.filter(|_| !disk),
+        labels: request.labels.clone(),
+        created_at_ms: millis(SystemTime::now()),
+    };
+    make_dir(&records(home)).map_err(cannot)?;
+    write_json(&record_path(home, name), &record)?;
+    let made = fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&place)
+        .map_err(cannot)
+        .and_then(|()| match record.capacity_bytes {
+            Some(bytes) => make_ext4(&place.join(DISK_IMAGE), bytes, name.as_str()),
+            None => Ok(()),
+        });
+    let recorded = made.and_then(|()| {
+        sync_dir(&home.volumes()).map_err(cannot)?;
+        record.phase = Phase::Ready;
+        write_json(&record_path(home, name), &record)
+    });
+    match recorded {
+        Ok(()) => Ok(record),
+        Err(error) => {
+            // Should this fail too, the record still says that the volume is not whole.
+            let _ = clear(home, name);
+            Err(error)
+        }
+    }
+}
+
+fn remove_locked(home: &Home, mut record: Record) -> MicrosandboxResult<()> {
+    record.phase = Phase::Removing;
+    write_json(&record_path(home, &record.name), &record)?;
+    clear(home, &record.name)
+}
+
+/// Removes the files of a volume, then its record. Needs the lock.
+fn clear(home: &Home, name: &VolumeName) -> MicrosandboxResult<()> {
+    let cannot = |error: io::Error| Error::io(format!("cannot remove volume `{name}`"), error);
+    let gone = |done: rustix::io::Result<()>| match done {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(cannot(errno.into())),
+    };
+    let volumes = File::open(home.volumes()).map_err(cannot)?;
+    let entry = CString::new(name.as_str()).map_err(|error| cannot(error.into()))?;
+    gone(tree::remove(volumes.as_fd(), &entry))?;
+    volumes.sync_all().map_err(cannot)?;
+    gone(rustix::fs::unlink(record_path(home, name)))?;
+    sync_dir(&records(home)).map_err(cannot)
+}
+
+/// Takes the lock of a name, waiting for whoever has it.
+fn lock(home: &Home, name: &VolumeName) -> MicrosandboxResult<NameLock> {
+    let file = lock_file(home, name)?;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::LockExclusive) {
+            Ok(()) => return Ok(NameLock(file)),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(Error::io(format!("cannot lock volume `{name}`"), errno)),
+        }
+    }
+}
+
+fn try_lock(home: &Home, name: &VolumeName) -> MicrosandboxResult<Option<NameLock>> {
+    let file = lock_file(home, name)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(NameLock(file))),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(errno) => Err(Error::io(format!("cannot lock volume `{name}`"), errno)),
+    }
+}
+
+/// The lock file, which is kept when the volume goes: removing it would let two lock one name.
+fn lock_file(home: &Home, name: &VolumeName) -> MicrosandboxResult<File> {
+    let cannot = |error: io::Error| Error::io(format!("cannot lock volume `{name}`"), error);
+    // A name cannot begin with a dot, so this is never a volume.
+    let place = home.volumes().join(".locks");
+    make_dir(&place).map_err(cannot)?;
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let path = place.join(format!("{name}.lock"));
+    let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
+    file.map(File::from).map_err(|errno| cannot(errno.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Scratch {
+        home: Home,
+        _dir: tempfile::TempDir,
+    }
+
+    fn scratch() -> Scratch {
+        let dir = tempfile::tempdir().unwrap();
+        Scratch {
+            home: Home::at(dir.path().join("home")).unwrap(),
+            _dir: dir,
+        }
+    }
+
+    fn name(text: &str) -> VolumeName {
+        VolumeName::try_from(text.to_owned()).unwrap()
+    }
+
+    fn create(home: &Home, text: &str) -> MicrosandboxResult<Record> {
+        let request = VolumeRequest::default();
+        ensure(home, &name(text), NamedVolumeMode::Create, &request).map(|(record, _)| record)
+    }
+
+    fn names(home: &Home) -> Vec<String> {
+        list(home)
+            .unwrap()
+            .iter()
+            .map(|record| record.name.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn a_volume_is_made_found_and_removed() {
+        let Scratch { home, .. } = &scratch();
+        assert_eq!(
+            find(home, &name("a")).unwrap_err().kind(),
+            ErrorKind::VolumeNotFound
+        );
+        let made = create(home, "a").unwrap();
+        assert_eq!(find(home, &name("a")).unwrap(), made);
+        assert_eq!(
+            create(home, "a").unwrap_err().kind(),
+            ErrorKind::VolumeAlreadyExists
+        );
+        fs::write(folder(home, &name("a")).join("file"), "x").unwrap();
+        remove(home, &name("a")).unwrap();
+        assert!(!folder(home, &name("a")).exists());
+        assert_eq!(
+            remove(home, &name("a")).unwrap_err().kind(),
+            ErrorKind::VolumeNotFound
+        );
+    }
+
+    #[test]
+    fn volumes_are_listed_newest_first() {
+        let Scratch { home, .. } = &scratch();
+        assert!(names(home).is_empty());
+        for text in ["c", "a", "b"] {
+            create(home, text).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        assert_eq!(names(home), ["b", "a", "c"]);
+    }
+
+    #[test]
+    fn a_folder_that_is_no_volume_is_left_alone() {
+        let Scratch { home, .. } = &scratch();
+        fs::create_dir_all(folder(home, &name("a"))).unwrap();
+        assert_eq!(
+            create(home, "a").unwrap_err().kind(),
+            ErrorKind::VolumeAlreadyExists
+        );
+        assert_eq!(
+            remove(home, &name("a")).unwrap_err().kind(),
+            ErrorKind::VolumeNotFound
+        );
+        assert!(folder(home, &name("a")).exists());
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_cleared_away() {
+        let Scratch { home, .. } = &scratch();
+        for phase in [Phase::Making, Phase::Removing] {
+            let interrupt = || {
+                let record = create(home, "a").unwrap();
+                fs::write(folder(home, &name("a")).join("half"), "").unwrap();
+                write_json(&record_path(home, &name("a")), &Record { phase, ..record }).unwrap();
+            };
+            interrupt();
+            assert_eq!(
+                find(home, &name("a")).unwrap_err().kind(),
+                ErrorKind::VolumeNotFound
+            );
+            create(home, "a").unwrap();
+            assert_eq!(fs::read_dir(folder(home, &name("a"))).unwrap().count(), 0);
+            remove(home, &name("a")).unwrap();
+            interrupt();
+            assert!(names(home).is_empty());
+            assert!(!folder(home, &name("a")).exists());
+        }
+    }
+
+    #[test]
+    fn a_volume_that_is_being_made_is_not_touched_by_others() {
+        let Scratch { home, .. } = &scratch();
+        let record = create(home, "a").unwrap();
+        let record = Record {
+            phase: Phase::Making,
+            ..record
+        };
+        write_json(&record_path(home, &name("a")), &record).unwrap();
+        let held = lock(home, &name("a")).unwrap();
+        assert!(names(home).is_empty());
+        assert!(folder(home, &name("a")).exists());
+        drop(held);
+    }
+
+    #[test]
+    fn an_attached_disk_cannot_be_removed() {
+        let Scratch { home, .. } = &scratch();
+        let request = VolumeRequest {
+            kind: Some(VolumeKind::Disk),
+            size: Some(Mebibytes(1)),
+            ..VolumeRequest::default()
+        };
+        ensure(home, &name("d"), NamedVolumeMode::EnsureExists, &request).unwrap();
+        let image = File::open(folder(home, &name("d")).join(DISK_IMAGE)).unwrap();
+        assert_eq!(image.metadata().unwrap().len(), 1 << 20);
+        rustix::fs::flock(&image, FlockOperation::NonBlockingLockShared).unwrap();
+        assert_eq!(
+            remove(home, &name("d")).unwrap_err().kind(),
+            ErrorKind::InUse
+        );
+        drop(image);
+        remove(home, &name("d")).unwrap();
+    }
+
+    #[test]
+    fn what_was_made_for_a_sandbox_is_taken_back_and_nothing_else() {
+        let Scratch { home, .. } = &scratch();
+        create(home, "old").unwrap();
+        let plan = |text: &str, mode| VolumePlan {
+            name: name(text),
+            mode,
+            request: VolumeRequest::default(),
+            exists: false,
+        };
+        let ensured = [
+            plan("new", NamedVolumeMode::EnsureExists),
+            plan("old", NamedVolumeMode::EnsureExists),
+        ];
+        let prepared = prepare(home, &ensured).unwrap();
+        assert_eq!(prepared.made().collect::<Vec<_>>(), [&name("new")]);
+        prepared.roll_back(home);
+        assert_eq!(names(home), ["old"]);
+
+        // A failure half-way takes back what came before it.
+        let failing = [
+            plan("new", NamedVolumeMode::Create),
+            plan("none", NamedVolumeMode::Existing),
+        ];
+        assert_eq!(
+            prepare(home, &failing).unwrap_err().kind(),
+            ErrorKind::VolumeNotFound
+        );
+        assert_eq!(names(home), ["old"]);
+    }
+
+    #[test]
+    fn only_one_of_many_makers_makes_a_volume() {
+        let Scratch { home, .. } = &scratch();
+        let made: usize = std::thread::scope(|scope| {
+            let makers: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| create(home, "a").is_ok()))
+                .collect();
+            makers
+                .into_iter()
+                .map(|maker| usize::from(maker.join().unwrap()))
+                .sum()
+        });
+        assert_eq!(made, 1);
+    }
+}
