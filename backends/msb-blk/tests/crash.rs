@@ -38,13 +38,15 @@ enum Change {
 struct Recorder {
     bytes: Mutex<Vec<u8>>,
     log: Mutex<Vec<Change>>,
+    /// One change in so many fails, chosen by the generator; none at 0.
+    failures: Mutex<(u64, Option<Random>)>,
 }
 
 impl Recorder {
     fn new(bytes: Vec<u8>) -> Arc<Self> {
         Arc::new(Self {
             bytes: Mutex::new(bytes),
-            log: Mutex::default(),
+            ..Self::default()
         })
     }
 
@@ -52,9 +54,32 @@ impl Recorder {
         self.log.lock().unwrap().len()
     }
 
-    fn apply(&self, change: Change) {
+    fn fail_one_in(&self, changes: u64, seed: u64) {
+        *self.failures.lock().unwrap() = (changes, Some(Random(seed)));
+    }
+
+    fn apply(&self, change: Change) -> io::Result<()> {
+        if let (one_in @ 1.., Some(random)) = &mut *self.failures.lock().unwrap()
+            && random.below(*one_in) == 0
+        {
+            let errors = [libc::ENOSPC, libc::EIO, libc::EDQUOT];
+            let errno = errors[random.below(3) as usize];
+            // A write that fails may still have changed part of the range.
+            if let Change::Write { offset, bytes, .. } = &change {
+                let part = Change::Write {
+                    offset: *offset,
+                    bytes: bytes[..random.below(bytes.len() as u64 / 512 + 1) as usize * 512]
+                        .to_vec(),
+                    now: false,
+                };
+                apply(&mut self.bytes.lock().unwrap(), &part, 0, usize::MAX);
+                self.log.lock().unwrap().push(part);
+            }
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         apply(&mut self.bytes.lock().unwrap(), &change, 0, usize::MAX);
         self.log.lock().unwrap().push(change);
+        Ok(())
     }
 }
 
@@ -96,8 +121,7 @@ impl HostFile for Recorder {
             offset: offset as usize,
             bytes: buf.to_vec(),
             now,
-        });
-        Ok(())
+        })
     }
 
     fn read_into(&self, to: &mut Segments, len: usize, offset: u64, _: Wait) -> io::Result<()> {
@@ -130,18 +154,15 @@ impl HostFile for Recorder {
             offset: offset as usize,
             bytes,
             now: false,
-        });
-        Ok(())
+        })
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
-        self.apply(Change::Size(size as usize));
-        Ok(())
+        self.apply(Change::Size(size as usize))
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.apply(Change::Sync);
-        Ok(())
+        self.apply(Change::Sync)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -216,7 +237,7 @@ enum Action {
     Flush,
 }
 
-/// What was done, and how long the log was before and after.
+/// What was done, and how long the log was before and after. What failed never ended.
 struct Done {
     action: Action,
     began: usize,
@@ -232,14 +253,11 @@ fn work(image: &Image, recorder: &Recorder, random: &mut Random, steps: usize) -
         let most = if random.below(6) == 0 { 300 } else { 12 };
         let count = (1 + random.below(most)).min(sectors - first);
         let (at, len) = (first * 512, count * 512);
-        let action = match random.below(12) {
-            0..=1 => {
-                image.flush().unwrap();
-                Action::Flush
-            }
+        let (action, result) = match random.below(12) {
+            0..=1 => (Action::Flush, image.flush()),
             2 => {
-                image.empty(at, len, Emptying::Discard).unwrap();
-                Action::Discard(first as usize, count as usize)
+                let result = image.empty(at, len, Emptying::Discard);
+                (Action::Discard(first as usize, count as usize), result)
             }
             3 => {
                 let how = if random.below(2) == 0 {
@@ -247,21 +265,26 @@ fn work(image: &Image, recorder: &Recorder, random: &mut Random, steps: usize) -
                 } else {
                     Emptying::Unmap
                 };
-                image.empty(at, len, how).unwrap();
-                Action::Write(first as usize, vec![0; len as usize])
+                let result = image.empty(at, len, how);
+                (Action::Write(first as usize, vec![0; len as usize]), result)
             }
             _ => {
                 let bytes = random.bytes(len as usize);
-                image
-                    .write(&mut Segments::from_vec(bytes.clone()), at, len)
-                    .unwrap();
-                Action::Write(first as usize, bytes)
+                let result = image.write(&mut Segments::from_vec(bytes.clone()), at, len);
+                (Action::Write(first as usize, bytes), result)
             }
+        };
+        let failing = recorder.failures.lock().unwrap().0 > 0;
+        assert!(result.is_ok() || failing, "{result:?}");
+        let ended = if result.is_ok() {
+            recorder.len()
+        } else {
+            usize::MAX
         };
         done.push(Done {
             action,
             began,
-            ended: recorder.len(),
+            ended,
         });
     }
     done
@@ -277,7 +300,11 @@ fn check_content(
     what: &str,
 ) {
     let sectors = read.len() / 512;
-    let mut allowed: Vec<Vec<&[u8]>> = before.chunks(512).map(|s| vec![s]).collect();
+    // A write that failed leaves the old or the new bytes, also after the next flush.
+    let mut allowed: Vec<Vec<(&[u8], bool)>> = before
+        .chunks(512)
+        .map(|sector| vec![(sector, true)])
+        .collect();
     let mut anything = vec![false; sectors];
     for step in done.iter().take_while(|step| step.began <= moment) {
         let whole = step.ended <= moment;
@@ -289,14 +316,14 @@ fn check_content(
                         sector.clear();
                         anything[first + nth] = false;
                     }
-                    sector.push(new);
+                    sector.push((new, step.ended < usize::MAX));
                 }
             }
             Action::Discard(first, count) => anything[*first..first + count].fill(true),
             Action::Flush if whole => {
                 for (sector, anything) in allowed.iter_mut().zip(&anything) {
                     if !anything {
-                        let last = sector.len() - 1;
+                        let last = sector.iter().rposition(|(_, sure)| *sure).unwrap_or(0);
                         sector.drain(..last);
                     }
                 }
@@ -305,7 +332,7 @@ fn check_content(
         }
     }
     for (number, found) in read.chunks(512).enumerate() {
-        let fits = anything[number] || allowed[number].contains(&found);
+        let fits = anything[number] || allowed[number].iter().any(|(bytes, _)| *bytes == found);
         assert!(
             fits,
             "{what}: sector {number} has none of its {} contents",
@@ -356,6 +383,11 @@ fn open_recorded(path: &Path, format: Format) -> (Image, Arc<Recorder>, Vec<u8>)
 }
 
 fn check(commands: &[&str], name: &str, seed: u64) {
+    check_with_failures(commands, name, seed, 0);
+}
+
+/// As [`check`], while one change of the file in so many fails.
+fn check_with_failures(commands: &[&str], name: &str, seed: u64, one_in: u64) {
     if !has_qemu_img() {
         return;
     }
@@ -378,6 +410,7 @@ fn check(commands: &[&str], name: &str, seed: u64) {
     let before = content(&try_open(&path, true).unwrap());
     let (image, recorder, start) = open_recorded(&path, format);
     let mut random = Random(seed);
+    recorder.fail_one_in(one_in, seed);
     let done = work(&image, &recorder, &mut random, 120);
     let log = recorder.log.lock().unwrap().clone();
     println!(
@@ -476,4 +509,28 @@ fn vmdk() {
         "create -f vmdk -b base.vmdk -F vmdk a.vmdk",
     ];
     check(&delta, "a.vmdk", 13);
+}
+
+#[test]
+fn a_host_that_refuses() {
+    for (seed, one_in) in [(20, 3), (21, 10), (22, 50)] {
+        let check = |commands: &[&str], name| check_with_failures(commands, name, seed, one_in);
+        check(
+            &["create -f qcow2 -o cluster_size=512 a.qcow2 2M"],
+            "a.qcow2",
+        );
+        check(
+            &["create -f qcow2 -o cluster_size=4k -b base.raw -F raw a.qcow2 2M"],
+            "a.qcow2",
+        );
+        check(&["create -f qcow2 -o extended_l2=on a.qcow2 2M"], "a.qcow2");
+        check(
+            &[
+                "convert -f raw -O qcow2 base.raw a.qcow2",
+                "snapshot -c one a.qcow2",
+            ],
+            "a.qcow2",
+        );
+        check(&["create -f vmdk a.vmdk 2M"], "a.vmdk");
+    }
 }
