@@ -7,6 +7,10 @@
 
 mod device;
 mod request;
+mod serve;
+mod startup;
 
 pub use device::{ConfigError, Device, QueueLimits};
 pub use request::{Request, Segments, ShortSegments};
+pub use serve::{Endpoint, Options, ServeError, serve};
+pub use startup::{exit_with_parent, start_log};

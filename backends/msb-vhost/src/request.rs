@@ -4,10 +4,15 @@
 //! request is made. The bytes themselves stay in guest memory and may change at any time: read a
 //! header once, into memory of one's own, and trust only that copy.
 
+#![allow(unsafe_code)]
+
 use std::any::Any;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr;
 use std::sync::Arc;
+
+use smallvec::SmallVec;
 
 /// A request that still waits for its completion. Dropping it completes it with length zero, so
 /// that no descriptor is ever lost.
@@ -27,7 +32,11 @@ impl Request {
         writable: Segments,
         done: impl FnOnce(u32) + Send + 'static,
     ) -> Self {
-        Self { readable, writable, completion: Some(Box::new(done)) }
+        Self {
+            readable,
+            writable,
+            completion: Some(Box::new(done)),
+        }
     }
 
     /// Ends the request: `written` bytes of the writable part, counted from its beginning, are the
@@ -58,54 +67,137 @@ pub struct ShortSegments {
 /// A list of spans of guest memory, consumed from the front.
 #[derive(Clone)]
 pub struct Segments {
-    // Filled in by the transport.
-    #[allow(dead_code)]
+    spans: SmallVec<[libc::iovec; 8]>,
+    first: usize,
+    len: usize,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
-#[allow(unused_variables, clippy::todo, missing_docs)]
+// SAFETY: the spans point into memory that `keep` holds mapped, and are only accessed with copies
+// that tolerate concurrent change.
+unsafe impl Send for Segments {}
+// SAFETY: as above; shared access only reads the list of spans.
+unsafe impl Sync for Segments {}
+
+/// A buffer whose bytes may be written through its spans while it is shared.
+struct Owned(#[allow(dead_code)] Box<[std::cell::UnsafeCell<u8>]>);
+
+// SAFETY: the bytes are only accessed through raw copies, as guest memory is.
+unsafe impl Send for Owned {}
+// SAFETY: as above.
+unsafe impl Sync for Owned {}
+
 impl Segments {
+    /// Segments over spans of memory that `keep` holds mapped.
+    ///
+    /// # Safety
+    ///
+    /// Every span must be valid for reads and writes as long as `keep` lives.
+    pub(crate) unsafe fn from_spans(
+        spans: SmallVec<[libc::iovec; 8]>,
+        keep: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        let len = spans.iter().map(|span| span.iov_len).sum();
+        Self {
+            spans,
+            first: 0,
+            len,
+            keep,
+        }
+    }
+
     /// Segments over one buffer of the process's own, for tests and fuzzing.
     pub fn from_vec(bytes: Vec<u8>) -> Self {
-        todo!()
+        let cells: Box<[_]> = bytes.into_iter().map(std::cell::UnsafeCell::new).collect();
+        let mut spans = SmallVec::new();
+        if !cells.is_empty() {
+            spans.push(libc::iovec {
+                iov_base: cells.as_ptr().cast_mut().cast(),
+                iov_len: cells.len(),
+            });
+        }
+        // SAFETY: the one span covers the boxed cells, which `keep` owns and never moves.
+        unsafe { Self::from_spans(spans, Arc::new(Owned(cells))) }
     }
+
     /// The bytes that are left, copied out without consuming them.
     pub fn to_vec(&self) -> Vec<u8> {
-        todo!()
+        let mut bytes = vec![0; self.len];
+        self.clone().read_exact(&mut bytes).ok();
+        bytes
     }
+
     /// Number of bytes left.
     pub fn len(&self) -> usize {
-        todo!()
+        self.len
     }
+
     /// Whether no byte is left.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
+
     /// Splits off the first `at` bytes (fewer when there are fewer) and leaves the rest here.
     pub fn split_to(&mut self, at: usize) -> Segments {
-        todo!()
+        let mut front = SmallVec::new();
+        let len = self.consume(at, |base, len| {
+            front.push(libc::iovec {
+                iov_base: base.cast(),
+                iov_len: len,
+            });
+        });
+        Segments {
+            spans: front,
+            first: 0,
+            len,
+            keep: Arc::clone(&self.keep),
+        }
     }
+
     /// Copies the first bytes into `out` and consumes them.
     ///
     /// # Errors
     ///
     /// [`ShortSegments`] when fewer are left; nothing is consumed then.
     pub fn read_exact(&mut self, out: &mut [u8]) -> Result<(), ShortSegments> {
-        todo!()
+        self.require(out.len())?;
+        let mut to = out.as_mut_ptr();
+        self.consume(out.len(), |from, len| {
+            // SAFETY: the span is mapped (`from_spans`), `to` has at least `len` bytes left because
+            // `consume` hands out `out.len()` in all, and the two do not overlap.
+            unsafe { ptr::copy_nonoverlapping(from, to, len) };
+            // SAFETY: stays within or one past the end of `out`.
+            to = unsafe { to.add(len) };
+        });
+        Ok(())
     }
+
     /// Copies `data` over the first bytes and consumes them.
     ///
     /// # Errors
     ///
     /// [`ShortSegments`] when fewer are left; nothing is written then.
     pub fn write_all(&mut self, data: &[u8]) -> Result<(), ShortSegments> {
-        todo!()
+        self.require(data.len())?;
+        let mut from = data.as_ptr();
+        self.consume(data.len(), |to, len| {
+            // SAFETY: as in `read_exact`, with the roles exchanged.
+            unsafe { ptr::copy_nonoverlapping(from, to, len) };
+            // SAFETY: stays within or one past the end of `data`.
+            from = unsafe { from.add(len) };
+        });
+        Ok(())
     }
+
     /// Fills the first `len` bytes (all that are left if fewer) with `byte` and consumes them;
     /// returns how many.
     pub fn fill(&mut self, byte: u8, len: usize) -> usize {
-        todo!()
+        self.consume(len, |to, len| {
+            // SAFETY: the span is mapped (`from_spans`).
+            unsafe { ptr::write_bytes(to, byte, len) };
+        })
     }
+
     /// Reads up to `len` bytes from `file` at `offset` straight into the front of the segments with
     /// one preadv2(2) call, with the given RWF_ flags, and consumes what was read. At most IOV_MAX
     /// spans go into one call.
@@ -113,21 +205,137 @@ impl Segments {
     /// # Errors
     ///
     /// What preadv2(2) reports.
-    pub fn pread(&mut self, file: impl AsFd, len: usize, offset: u64, flags: i32) -> io::Result<usize> {
-        todo!()
+    pub fn pread(
+        &mut self,
+        file: impl AsFd,
+        len: usize,
+        offset: u64,
+        flags: i32,
+    ) -> io::Result<usize> {
+        let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let (spans, count) = self.front(len);
+        // SAFETY: the spans are mapped for writing (`from_spans`); the kernel bounds them by count.
+        let read = unsafe {
+            libc::preadv2(
+                file.as_fd().as_raw_fd(),
+                spans.as_ptr(),
+                count,
+                offset,
+                flags,
+            )
+        };
+        self.moved(read)
     }
+
     /// Writes up to `len` bytes from the front of the segments to `file` at `offset` with one
     /// pwritev2(2) call, with the given RWF_ flags, and consumes what was written.
     ///
     /// # Errors
     ///
     /// What pwritev2(2) reports.
-    pub fn pwrite(&mut self, file: impl AsFd, len: usize, offset: u64, flags: i32) -> io::Result<usize> {
-        todo!()
+    pub fn pwrite(
+        &mut self,
+        file: impl AsFd,
+        len: usize,
+        offset: u64,
+        flags: i32,
+    ) -> io::Result<usize> {
+        let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let (spans, count) = self.front(len);
+        // SAFETY: the spans are mapped for reading (`from_spans`); the kernel bounds them by count.
+        let written = unsafe {
+            libc::pwritev2(
+                file.as_fd().as_raw_fd(),
+                spans.as_ptr(),
+                count,
+                offset,
+                flags,
+            )
+        };
+        self.moved(written)
     }
+
     /// The spans as address and length, for system calls that take an iovec array and finish
     /// later (io_uring). They stay mapped as long as these segments, or a clone of them, live.
     pub fn spans(&self) -> &[libc::iovec] {
-        todo!()
+        self.spans.get(self.first..).unwrap_or_default()
+    }
+
+    fn require(&self, len: usize) -> Result<(), ShortSegments> {
+        match len.checked_sub(self.len) {
+            None | Some(0) => Ok(()),
+            Some(missing) => Err(ShortSegments { missing }),
+        }
+    }
+
+    /// The first `len` bytes as an array for one system call.
+    fn front(&self, len: usize) -> (SmallVec<[libc::iovec; 16]>, i32) {
+        let mut left = len;
+        let mut spans = SmallVec::new();
+        for span in self.spans().iter().take(libc::UIO_MAXIOV as usize) {
+            if left == 0 {
+                break;
+            }
+            let take = span.iov_len.min(left);
+            spans.push(libc::iovec {
+                iov_base: span.iov_base,
+                iov_len: take,
+            });
+            left -= take;
+        }
+        let count = i32::try_from(spans.len()).unwrap_or(libc::UIO_MAXIOV);
+        (spans, count)
+    }
+
+    fn moved(&mut self, result: isize) -> io::Result<usize> {
+        let count = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        Ok(self.consume(count, |_, _| ()))
+    }
+
+    /// Hands the first `len` bytes to `each`, span by span, and drops them from the front.
+    fn consume(&mut self, len: usize, mut each: impl FnMut(*mut u8, usize)) -> usize {
+        let mut done = 0;
+        while done < len {
+            let Some(span) = self.spans.get_mut(self.first) else {
+                break;
+            };
+            let take = span.iov_len.min(len - done);
+            let base = span.iov_base.cast::<u8>();
+            each(base, take);
+            done += take;
+            if take == span.iov_len {
+                self.first += 1;
+            } else {
+                // SAFETY: `take` is less than the span's length, so the result stays inside it.
+                span.iov_base = unsafe { base.add(take) }.cast();
+                span.iov_len -= take;
+            }
+        }
+        self.len -= done;
+        done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_out_in_order_whatever_the_pieces() {
+        let mut segments = Segments::from_vec((0..=9).collect());
+        let mut front = segments.split_to(4);
+        let mut two = [0; 2];
+        front.read_exact(&mut two).unwrap();
+        assert_eq!(
+            (two, front.to_vec(), segments.len()),
+            ([0, 1], vec![2, 3], 6)
+        );
+        assert_eq!(
+            segments.read_exact(&mut [0; 7]),
+            Err(ShortSegments { missing: 1 })
+        );
+        segments.write_all(&[7, 7]).unwrap();
+        assert_eq!(segments.fill(1, 100), 4);
+        assert!(segments.is_empty());
     }
 }
