@@ -93,17 +93,23 @@ impl Frame {
     /// The frame as bytes for the stream.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER + self.payload.len());
-        let length = u32::try_from(self.payload.len()).unwrap_or(u32::MAX);
-        bytes.extend_from_slice(&length.to_le_bytes());
-        bytes.extend_from_slice(&self.channel.to_le_bytes());
-        bytes.push(match self.kind {
+        bytes.extend_from_slice(&Self::header(self.channel, self.kind, self.payload.len()));
+        bytes.extend_from_slice(&self.payload);
+        bytes
+    }
+
+    /// The bytes that go before a payload of `length` bytes, at most [`MAX_PAYLOAD`], for those who
+    /// have it elsewhere.
+    pub fn header(channel: Channel, kind: Kind, length: usize) -> [u8; HEADER] {
+        let [l0, l1, l2, l3] = u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes();
+        let [c0, c1, c2, c3] = channel.to_le_bytes();
+        let kind = match kind {
             Kind::Control => 0,
             Kind::Stdin => 1,
             Kind::Stdout => 2,
             Kind::Stderr => 3,
-        });
-        bytes.extend_from_slice(&self.payload);
-        bytes
+        };
+        [l0, l1, l2, l3, c0, c1, c2, c3, kind]
     }
 }
 
@@ -111,11 +117,15 @@ impl Frame {
 #[derive(Debug, Default)]
 pub struct Decoder {
     pending: Vec<u8>,
+    /// How much of `pending` has been handed out.
+    done: usize,
 }
 
 impl Decoder {
     /// Takes the next bytes of the stream.
     pub fn feed(&mut self, bytes: &[u8]) {
+        self.pending.drain(..self.done);
+        self.done = 0;
         self.pending.extend_from_slice(bytes);
     }
 
@@ -125,7 +135,8 @@ impl Decoder {
     ///
     /// [`FrameError`] when the stream is not one of frames.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
-        let Some((header, rest)) = self.pending.split_first_chunk::<HEADER>() else {
+        let unread = self.pending.get(self.done..).unwrap_or_default();
+        let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
             return Ok(None);
         };
         let [l0, l1, l2, l3, c0, c1, c2, c3, kind] = *header;
@@ -148,7 +159,7 @@ impl Decoder {
             kind,
             payload: payload.to_vec(),
         };
-        self.pending.drain(..HEADER + length);
+        self.done += HEADER + length;
         Ok(Some(frame))
     }
 }
