@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
+use tracing::level_filters::LevelFilter;
 
 use crate::device::DeviceConfig;
 use crate::file::Caching;
@@ -13,7 +14,7 @@ use crate::request::ID_LEN;
 /// Serves a disk image to a virtual machine over vhost-user-blk.
 #[derive(Debug, Parser)]
 #[command(name = "msb-blk", version, about)]
-#[command(group = ArgGroup::new("endpoint").args(["socket_path", "fd"]))]
+#[command(group = ArgGroup::new("endpoint").args(["socket_path", "fd", "print_capabilities"]).required(true))]
 #[command(
     after_help = "Exit status: 0 ended by the front end or a signal, 2 wrong flags, \
     3 image refused or not usable, 4 image in use, 5 sandbox failed, 6 socket or protocol failed."
@@ -85,7 +86,7 @@ pub struct Args {
 
     /// error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
-    pub log_level: String,
+    pub log_level: LevelFilter,
 
     /// Print what this program can do as JSON, and end.
     #[arg(long)]
@@ -183,6 +184,8 @@ mod tests {
         check("msb-blk --fd 0 -b d -r", true);
         check("msb-blk --fd 0 --socket-path s --blk-file d", false);
         check("msb-blk --fd 0", false);
+        check("msb-blk --blk-file d", false);
+        check("msb-blk --fd 0 -b d --log-level loud", false);
         check("msb-blk --fd 0 --blk-file d --format qcow", false);
         check(
             "msb-blk --fd 0 --blk-file d --serial 12345678901234567890",

@@ -21,43 +21,55 @@ pub(crate) enum Job<T> {
 /// What a job does.
 pub(crate) type Work = Box<dyn FnOnce(&Image) -> Result<(), ImageError> + Send>;
 
-/// The commit thread of one image.
+/// The commit thread of one image. It starts with the first job, so that it inherits the signal
+/// mask and the jail of a process that serves already.
 pub(crate) struct Committer<T> {
-    jobs: Mutex<Option<Sender<Job<T>>>>,
-    thread: Option<JoinHandle<()>>,
+    image: Arc<Image>,
+    done: fn(T, bool),
+    state: Mutex<Option<Running<T>>>,
+}
+
+struct Running<T> {
+    jobs: Sender<Job<T>>,
+    thread: JoinHandle<()>,
 }
 
 impl<T: Send + 'static> Committer<T> {
-    /// Starts the thread; `done` is called on it with each finished job and whether it succeeded.
-    pub(crate) fn start(
-        image: Arc<Image>,
-        done: impl Fn(T, bool) + Send + 'static,
-    ) -> io::Result<Self> {
-        let (jobs, queue) = channel();
-        let thread = std::thread::Builder::new()
-            .name("msb-blk-commit".into())
-            .spawn(move || work(&image, &queue, done))?;
-        Ok(Self {
-            jobs: Mutex::new(Some(jobs)),
-            thread: Some(thread),
-        })
+    /// `done` is called on the thread with each finished job and whether it succeeded.
+    pub(crate) fn new(image: Arc<Image>, done: fn(T, bool)) -> Self {
+        Self {
+            image,
+            done,
+            state: Mutex::new(None),
+        }
     }
 
-    /// Queues a job. Gives it back if the thread has ended.
+    /// Queues a job. Gives it back if the thread cannot be started or has ended.
     pub(crate) fn submit(&self, job: Job<T>) -> Result<(), Job<T>> {
-        match self
-            .jobs
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_ref()
-        {
-            Some(jobs) => jobs.send(job).map_err(|e| e.0),
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.is_none() {
+            *state = self
+                .start()
+                .inspect_err(|error| tracing::error!(%error, "no thread"))
+                .ok();
+        }
+        match state.as_ref() {
+            Some(running) => running.jobs.send(job).map_err(|e| e.0),
             None => Err(job),
         }
     }
+
+    fn start(&self) -> io::Result<Running<T>> {
+        let (jobs, queue) = channel();
+        let (image, done) = (Arc::clone(&self.image), self.done);
+        let thread = std::thread::Builder::new()
+            .name("msb-blk-commit".into())
+            .spawn(move || work(&image, &queue, done))?;
+        Ok(Running { jobs, thread })
+    }
 }
 
-fn work<T>(image: &Image, queue: &Receiver<Job<T>>, done: impl Fn(T, bool)) {
+fn work<T>(image: &Image, queue: &Receiver<Job<T>>, done: fn(T, bool)) {
     while let Ok(first) = queue.recv() {
         let mut flushes = Vec::new();
         for job in std::iter::once(first).chain(queue.try_iter()) {
@@ -88,13 +100,9 @@ fn work<T>(image: &Image, queue: &Receiver<Job<T>>, done: impl Fn(T, bool)) {
 
 impl<T> Drop for Committer<T> {
     fn drop(&mut self) {
-        drop(
-            self.jobs
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
-        if let Some(thread) = self.thread.take() {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Running { jobs, thread }) = state.take() {
+            drop(jobs);
             // A panic there has ended the process already.
             let _ = thread.join();
         }

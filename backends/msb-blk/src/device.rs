@@ -48,23 +48,15 @@ pub struct DeviceConfig {
 struct Pending {
     request: Request,
     status: Segments,
-    queue: usize,
 }
 
 impl Pending {
     /// `None` when there is no room even for the status byte.
-    fn new(mut request: Request, queue: usize) -> Option<(Self, Segments)> {
+    fn new(mut request: Request) -> Option<(Self, Segments)> {
         let room = request.writable.len().checked_sub(1)?;
         let data = request.writable.split_to(room);
         let status = request.writable.clone();
-        Some((
-            Self {
-                request,
-                status,
-                queue,
-            },
-            data,
-        ))
+        Some((Self { request, status }, data))
     }
 
     /// Answers; `room` bytes of data came before the status byte.
@@ -76,6 +68,9 @@ impl Pending {
     }
 }
 
+/// A request on the commit thread, with the room for data before its status byte.
+type Waiting = (Pending, usize);
+
 /// A read that goes on when the ring has filled its next piece.
 struct OpenRead {
     pending: Pending,
@@ -84,17 +79,11 @@ struct OpenRead {
     offset: u64,
 }
 
-/// What the commit thread has finished.
-struct Finished {
-    pending: Pending,
-    room: usize,
-    status: Status,
-}
-
 struct Queue {
-    event: Arc<OwnedFd>,
-    finished: Arc<Mutex<Vec<Finished>>>,
+    event: OwnedFd,
     ring: Option<Mutex<Ring<OpenRead>>>,
+    /// Whether somebody waits for `event`; until then reads are carried out at once.
+    is_watched: AtomicBool,
 }
 
 /// A virtio-blk device over an image.
@@ -106,50 +95,32 @@ pub struct BlkDevice {
     /// Whether the driver flushes; if not, every write is made durable by itself.
     driver_flushes: AtomicBool,
     queues: Vec<Queue>,
-    committer: Committer<(Pending, usize)>,
+    committer: Committer<Waiting>,
 }
 
 impl BlkDevice {
-    /// Makes the device and starts its commit thread; call it after the process is jailed.
+    /// Makes the device; no thread starts before the first request that needs one.
     ///
     /// # Errors
     ///
-    /// When the host has no descriptors or threads left.
-    pub fn start(image: Arc<Image>, config: DeviceConfig) -> io::Result<Self> {
+    /// When the host has no descriptors left.
+    pub fn new(image: Arc<Image>, config: DeviceConfig) -> io::Result<Self> {
         let mut queues = Vec::new();
         for _ in 0..config.queues {
             let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-            let ring = match Ring::new(config.queue_size, event.as_fd()) {
-                Ok(ring) => Some(Mutex::new(ring)),
-                Err(error) => {
-                    tracing::warn!(%error, "no io_uring: reads wait for the disk one by one");
-                    None
-                }
-            };
+            let ring = Ring::new(config.queue_size, event.as_fd())
+                .inspect_err(|error| tracing::warn!(%error, "no io_uring: reads wait in line"))
+                .ok()
+                .map(Mutex::new);
             queues.push(Queue {
-                event: Arc::new(event),
-                finished: Arc::default(),
+                event,
                 ring,
+                is_watched: AtomicBool::new(false),
             });
         }
-        let ends: Vec<_> = queues
-            .iter()
-            .map(|q| (Arc::clone(&q.event), Arc::clone(&q.finished)))
-            .collect();
-        let committer = Committer::start(Arc::clone(&image), move |(pending, room), is_ok| {
-            let pending: Pending = pending;
-            let Some((event, finished)) = ends.get(pending.queue) else {
-                return;
-            };
-            let status = if is_ok { Status::Ok } else { Status::IoError };
-            lock(finished).push(Finished {
-                pending,
-                room,
-                status,
-            });
-            // The counter cannot overflow: the queue's worker resets it each time it wakes up.
-            let _ = rustix::io::write(event.as_ref(), &1u64.to_ne_bytes());
-        })?;
+        let committer = Committer::new(Arc::clone(&image), |(pending, room): Waiting, is_ok| {
+            pending.finish(room, if is_ok { Status::Ok } else { Status::IoError });
+        });
         let limits = Limits {
             size: image.size(),
             read_only: config.read_only,
@@ -190,7 +161,10 @@ impl BlkDevice {
 
     /// Queues the next piece of a read on the ring; gives it back if that cannot be done.
     fn read_later(&self, queue: u16, read: OpenRead) -> Option<OpenRead> {
-        let Some(ring) = self.queue(queue).and_then(|queue| queue.ring.as_ref()) else {
+        let watched = self
+            .queue(queue)
+            .filter(|queue| queue.is_watched.load(Ordering::Relaxed));
+        let Some(ring) = watched.and_then(|queue| queue.ring.as_ref()) else {
             return Some(read);
         };
         let Ok(extent) = self.image.locate(read.offset, read.data.len() as u64) else {
@@ -231,7 +205,7 @@ impl BlkDevice {
         ));
     }
 
-    fn commit(&self, job: Job<(Pending, usize)>) {
+    fn commit(&self, job: Job<Waiting>) {
         if let Err(Job::Flush((pending, room)) | Job::Run(_, _, (pending, room))) =
             self.committer.submit(job)
         {
@@ -314,7 +288,7 @@ impl Device for BlkDevice {
     }
 
     fn handle(&self, queue: u16, request: Request) {
-        let Some((mut pending, mut data)) = Pending::new(request, usize::from(queue)) else {
+        let Some((mut pending, mut data)) = Pending::new(request) else {
             return;
         };
         let room = data.len();
@@ -366,23 +340,16 @@ impl Device for BlkDevice {
     }
 
     fn completion_fd(&self, queue: u16) -> Option<BorrowedFd<'_>> {
-        self.queue(queue).map(|queue| queue.event.as_fd())
+        let queue = self.queue(queue)?;
+        queue.is_watched.store(true, Ordering::Relaxed);
+        Some(queue.event.as_fd())
     }
 
     fn reap(&self, queue: u16) {
         let Some(state) = self.queue(queue) else {
             return;
         };
-        let _ = rustix::io::read(state.event.as_ref(), &mut [0; 8]);
-        let finished = std::mem::take(&mut *lock(&state.finished));
-        for Finished {
-            pending,
-            room,
-            status,
-        } in finished
-        {
-            pending.finish(room, status);
-        }
+        let _ = rustix::io::read(&state.event, &mut [0; 8]);
         let Some(ring) = &state.ring else { return };
         let reads = lock(ring).finished();
         for (mut read, piece, result) in reads {

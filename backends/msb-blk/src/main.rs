@@ -1,2 +1,84 @@
 //! Entry point of the msb-blk backend.
-fn main() {}
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use msb_blk::args::{Args, CAPABILITIES};
+use msb_blk::device::BlkDevice;
+use msb_blk::image::{OpenError, open};
+use msb_vhost::{Endpoint, Options, ServeError};
+
+/// Why the process ends with something else than success; see `--help` for the exit status.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("cannot serve the image")]
+    Open(#[from] OpenError),
+    #[error("cannot serve the socket")]
+    Serve(#[from] ServeError),
+    #[error("cannot set the process up")]
+    Setup(#[from] std::io::Error),
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Open(OpenError::Locked { .. }) => 4,
+            Self::Open(_) => 3,
+            Self::Setup(_) => 5,
+            Self::Serve(_) => 6,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("msb-blk: {}", chain(&failure));
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Failure> {
+    if args.print_capabilities {
+        println!("{CAPABILITIES}");
+        return Ok(());
+    }
+    msb_vhost::start_log(args.log_level);
+    if args.exit_with_parent {
+        msb_vhost::exit_with_parent()?;
+    }
+    let Some(path) = &args.blk_file else {
+        return Ok(());
+    };
+    let image = Arc::new(open(path, &args.open_options())?);
+    let endpoint = match (&args.socket_path, args.fd) {
+        (Some(path), _) => Endpoint::bind(path)?,
+        (None, fd) => Endpoint::from_fd(fd.unwrap_or(0))?,
+    };
+    let device = Arc::new(BlkDevice::new(Arc::clone(&image), args.device_config())?);
+    let options = Options {
+        name: "msb-blk",
+        reconnect: args.reconnect,
+    };
+    let served = msb_vhost::serve(&endpoint, &device, options);
+    drop(device);
+    if let Err(error) = image.close() {
+        tracing::error!("cannot close the image: {}", chain(&error));
+    }
+    Ok(served?)
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

@@ -220,8 +220,9 @@ fn after_power_loss(start: &[u8], log: &[Change], random: &mut Random) -> Vec<u8
     let size = after_kill(start, &log[..size_at]).len();
     for (at, change) in log.iter().enumerate().skip(synced) {
         if let Change::Write { offset, bytes, .. } = change {
-            for sector in offset / 512..(offset + bytes.len()).div_ceil(512) {
-                if at < cut[sector] {
+            let last = (offset + bytes.len()).div_ceil(512);
+            for (sector, &cut) in cut.iter().enumerate().take(last).skip(offset / 512) {
+                if at < cut {
                     apply(&mut file, change, sector * 512, sector * 512 + 512);
                 }
             }
