@@ -3,7 +3,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 
-use crate::spec::{NameError, SizeError};
+use crate::spec::{NameError, RuleError, SizeError};
 
 /// What the SDK's functions return.
 ///
@@ -212,6 +212,16 @@ impl From<NameError> for Error {
 impl From<SizeError> for Error {
     fn from(error: SizeError) -> Self {
         Self::new(ErrorKind::InvalidConfig, error.to_string()).with_value(error.0)
+    }
+}
+
+impl From<RuleError> for Error {
+    fn from(rule: RuleError) -> Self {
+        let error = Self::new(ErrorKind::InvalidConfig, rule.to_string());
+        match rule.hint() {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        }
     }
 }
 

@@ -12,6 +12,10 @@ pub mod volume;
 
 pub use error::{Error, ErrorKind, MicrosandboxResult};
 pub use spec::{
-    Accel, DiskImageFormat, HostPermissions, Mebibytes, NameError, NamedVolumeMode,
+    Accel, CachePolicy, DiskImageFormat, HostPermissions, Mebibytes, NameError, NamedVolumeMode,
     SecurityProfile, SizeError, SizeExt, StatVirtualization, VmmKind, VolumeKind,
+};
+pub use volume::{
+    FsEntry, FsEntryKind, FsMetadata, Volume, VolumeBuilder, VolumeFsHandle, VolumeHandle,
+    VolumeReadStream, VolumeUse, VolumeWriteStream,
 };

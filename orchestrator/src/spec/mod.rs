@@ -22,6 +22,7 @@ pub use name::{GuestPath, NameError, SandboxName, VolumeName};
 pub use option::OptionProblem;
 pub use rule::RuleError;
 pub use size::{Mebibytes, SizeError, SizeExt};
+pub(crate) use source::absolute;
 
 /// A sandbox as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

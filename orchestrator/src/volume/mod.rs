@@ -2,7 +2,10 @@
 
 mod disk;
 mod fit;
+mod fs;
+mod handle;
 mod record;
+mod root;
 mod store;
 mod tree;
 mod users;
@@ -11,13 +14,17 @@ pub(crate) use disk::make_ext4;
 
 pub(crate) use fit::fit;
 pub use fit::{Misfit, VolumeFacts, VolumeProblem};
+pub use fs::{
+    FsEntry, FsEntryKind, FsMetadata, VolumeFsHandle, VolumeReadStream, VolumeWriteStream,
+};
+pub use handle::{Volume, VolumeBuilder, VolumeHandle};
 pub(crate) use record::DISK_IMAGE;
 pub use store::{Prepared, prepare};
 pub use users::VolumeUse;
 
-use crate::MicrosandboxResult;
 use crate::rundir::Home;
 use crate::spec::VolumeName;
+use crate::{Error, MicrosandboxResult};
 
 /// What is known about a volume, if it exists whole.
 ///
@@ -29,4 +36,17 @@ pub(crate) fn facts(home: &Home, name: &VolumeName) -> MicrosandboxResult<Option
     Ok(record
         .filter(|record| record.phase == record::Phase::Ready)
         .map(|record| record.facts()))
+}
+
+/// Runs what may block where it holds nobody up.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> MicrosandboxResult<T> + Send + 'static,
+) -> MicrosandboxResult<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| {
+        Error::io(
+            "the work on a volume was interrupted",
+            std::io::Error::other(error),
+        )
+    })?
 }

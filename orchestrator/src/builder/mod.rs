@@ -1,0 +1,9 @@
+//! How programs describe sandboxes and their volumes, one call after the other.
+//!
+//! A setter never fails: what is wrong is reported by `build` and `create`, all of it at once.
+
+mod mount;
+mod sandbox;
+
+pub use mount::{MountBuilder, NamedVolumeBuilder};
+pub use sandbox::SandboxBuilder;

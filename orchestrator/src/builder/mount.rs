@@ -1,0 +1,512 @@
+//! One volume of a sandbox, described by calls.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, MicrosandboxResult};
+use crate::spec::{
+    Access, CachePolicy, DiskImageFormat, GuestPath, HostPermissions, Mebibytes, MountSource,
+    MountSpec, NamedVolumeMode, RuleError, ShareOptions, StatVirtualization, VolumeKind,
+    VolumeName, VolumeRequest, absolute,
+};
+
+/// Describes one volume: what it is, and how it is mounted.
+///
+/// Used in [`SandboxBuilder::volume`](super::SandboxBuilder::volume).
+///
+/// ```
+/// use microsandbox::{DiskImageFormat, Sandbox, StatVirtualization};
+///
+/// let spec = Sandbox::builder("full")
+///     .image("python")
+///     .volume("/app/src", |v| v.bind("./src").readonly().noexec())
+///     .volume("/root/.cache/pip", |v| {
+///         v.named("pip-cache").stat_virtualization(StatVirtualization::Relaxed)
+///     })
+///     .volume("/dataset", |v| {
+///         v.disk("./dataset.qcow2").format(DiskImageFormat::Qcow2).fstype("ext4").readonly()
+///     })
+///     .volume("/tmp", |v| v.tmpfs().size(1024).noexec().nosuid().nodev())
+///     .build()?;
+/// assert_eq!(spec.mounts.len(), 4);
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "return it from the closure of `volume`"]
+pub struct MountBuilder {
+    sources: Vec<Source>,
+    access: Access,
+    noexec: bool,
+    nosuid: bool,
+    nodev: bool,
+    format: Option<DiskImageFormat>,
+    fstype: Option<String>,
+    size: Option<Mebibytes>,
+    follow_root_symlinks: bool,
+    share: ShareOptions,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Bind(PathBuf),
+    Named(NamedVolumeBuilder),
+    Disk(PathBuf),
+    Tmpfs,
+}
+
+/// Describes what is asked of a named volume when a sandbox mounts it.
+///
+/// Used in [`MountBuilder::named_with`].
+///
+/// ```
+/// use microsandbox::{Sandbox, SizeExt};
+///
+/// let spec = Sandbox::builder("worker")
+///     .image("python")
+///     .volume("/cache", |v| v.named_with("pip-cache", |n| n.ensure_exists().quota(1.gib())))
+///     .volume("/var/lib/docker", |v| {
+///         v.named_with("docker-data", |n| n.ensure_exists().disk().size(20.gib()))
+///     })
+///     .build()?;
+/// assert_eq!(spec.mounts.len(), 2);
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "return it from the closure of `named_with`"]
+pub struct NamedVolumeBuilder {
+    name: String,
+    mode: NamedVolumeMode,
+    request: VolumeRequest,
+}
+
+impl MountBuilder {
+    pub(super) fn new() -> Self {
+        Self {
+            sources: Vec::new(),
+            access: Access::ReadWrite,
+            noexec: false,
+            nosuid: false,
+            nodev: false,
+            format: None,
+            fstype: None,
+            size: None,
+            follow_root_symlinks: false,
+            share: ShareOptions::default(),
+        }
+    }
+
+    /// Mounts a directory, or a single file, of the host. What either side changes, the other sees.
+    pub fn bind(mut self, host_path: impl Into<PathBuf>) -> Self {
+        self.sources.push(Source::Bind(host_path.into()));
+        self
+    }
+
+    /// Mounts a named volume, which must exist.
+    pub fn named(self, name: impl Into<String>) -> Self {
+        self.named_with(name, |volume| volume)
+    }
+
+    /// Mounts a named volume, and says what to do when it exists or is missing.
+    pub fn named_with(
+        mut self,
+        name: impl Into<String>,
+        f: impl FnOnce(NamedVolumeBuilder) -> NamedVolumeBuilder,
+    ) -> Self {
+        let volume = NamedVolumeBuilder {
+            name: name.into(),
+            mode: NamedVolumeMode::Existing,
+            request: VolumeRequest::default(),
+        };
+        self.sources.push(Source::Named(f(volume)));
+        self
+    }
+
+    /// Mounts the file system of a disk image of the host.
+    pub fn disk(mut self, host_path: impl Into<PathBuf>) -> Self {
+        self.sources.push(Source::Disk(host_path.into()));
+        self
+    }
+
+    /// Mounts memory of the sandbox, which is gone when it stops.
+    pub fn tmpfs(mut self) -> Self {
+        self.sources.push(Source::Tmpfs);
+        self
+    }
+
+    /// Format of a [disk](Self::disk) image; when this is not called its extension says.
+    pub fn format(mut self, format: DiskImageFormat) -> Self {
+        self.format = Some(format);
+        self
+    }
+
+    /// File system of a [disk](Self::disk) image; when this is not called the guest finds out.
+    pub fn fstype(mut self, fstype: impl Into<String>) -> Self {
+        self.fstype = Some(fstype.into());
+        self
+    }
+
+    /// Size limit of a [tmpfs](Self::tmpfs): a number of MiB, or `2.gib()`.
+    pub fn size(mut self, mib: impl Into<Mebibytes>) -> Self {
+        self.size = Some(mib.into());
+        self
+    }
+
+    /// The guest cannot write, whatever it does.
+    pub fn readonly(mut self) -> Self {
+        self.access = Access::ReadOnly;
+        self
+    }
+
+    /// Nothing can be executed from it. Interpreters still read scripts from it.
+    pub fn noexec(mut self) -> Self {
+        self.noexec = true;
+        self
+    }
+
+    /// Set-id bits have no effect.
+    pub fn nosuid(mut self) -> Self {
+        self.nosuid = true;
+        self
+    }
+
+    /// Device files open no devices.
+    pub fn nodev(mut self) -> Self {
+        self.nodev = true;
+        self
+    }
+
+    /// Where owners, modes and special files of a shared directory are kept.
+    pub fn stat_virtualization(mut self, mode: StatVirtualization) -> Self {
+        self.share.stat_virtualization = Some(mode);
+        self
+    }
+
+    /// What modes the files of a shared directory get on the host.
+    pub fn host_permissions(mut self, mode: HostPermissions) -> Self {
+        self.share.host_permissions = Some(mode);
+        self
+    }
+
+    /// uid and gid of every file of a shared directory that has no recorded owner.
+    pub fn owner(mut self, uid: u32, gid: u32) -> Self {
+        self.share.owner = Some((uid, gid));
+        self
+    }
+
+    /// Limit on what the guest may add to a [bound](Self::bind) directory. A named volume has its
+    /// own: see [`NamedVolumeBuilder::quota`].
+    pub fn quota(mut self, size: impl Into<Mebibytes>) -> Self {
+        self.share.quota = Some(size.into());
+        self
+    }
+
+    /// How much of a shared directory the guest keeps in its caches.
+    pub fn cache(mut self, policy: CachePolicy) -> Self {
+        self.share.cache = Some(policy);
+        self
+    }
+
+    /// Lets the path of a [bound](Self::bind) directory lead through symbolic links. Whoever can
+    /// change one of them chooses what a later start mounts.
+    pub fn follow_root_symlinks(mut self) -> Self {
+        self.follow_root_symlinks = true;
+        self
+    }
+
+    /// The mount at `target`; relative host paths are taken from `cwd`.
+    pub(super) fn build(self, target: &str, cwd: &Path) -> MicrosandboxResult<MountSpec> {
+        let target = GuestPath::try_from(target.to_owned())?;
+        let misused = |what: &str, right: &str| {
+            let message = format!("volume at `{target}`: {what}");
+            Error::new(ErrorKind::InvalidConfig, message)
+                .with_value(target.as_str())
+                .with_hint(right)
+        };
+        let mut sources = self.sources.into_iter();
+        let source = match (sources.next(), sources.next()) {
+            (Some(source), None) => source,
+            (None, _) => {
+                return Err(misused(
+                    "no mount type set",
+                    "call bind, named, disk or tmpfs",
+                ));
+            }
+            (Some(_), Some(_)) => {
+                return Err(misused(
+                    "two mount types set",
+                    "call one of bind, named, disk, tmpfs",
+                ));
+            }
+        };
+        let strays = [
+            (
+                self.size.is_some(),
+                matches!(source, Source::Tmpfs),
+                "size()",
+                "tmpfs()",
+            ),
+            (
+                self.format.is_some(),
+                matches!(source, Source::Disk(_)),
+                "format()",
+                "disk()",
+            ),
+            (
+                self.fstype.is_some(),
+                matches!(source, Source::Disk(_)),
+                "fstype()",
+                "disk()",
+            ),
+            (
+                self.share.quota.is_some(),
+                matches!(source, Source::Bind(_)),
+                "quota()",
+                "bind()",
+            ),
+            (
+                self.follow_root_symlinks,
+                matches!(source, Source::Bind(_)),
+                "follow_root_symlinks()",
+                "bind()",
+            ),
+            (
+                ShareOptions {
+                    quota: None,
+                    ..self.share.clone()
+                } != ShareOptions::default(),
+                matches!(source, Source::Bind(_) | Source::Named(_)),
+                "options of shared directories",
+                "bind() and named()",
+            ),
+        ];
+        if let Some((_, _, what, right)) = strays.iter().find(|(given, fits, ..)| *given && !fits) {
+            return Err(misused(
+                &format!("{what} without {right}"),
+                &format!("valid with {right}"),
+            ));
+        }
+        let source = match source {
+            Source::Bind(path) => MountSource::Bind {
+                path: absolute(&path, cwd),
+                expect: None,
+                follow_root_symlinks: self.follow_root_symlinks,
+                share: self.share,
+            },
+            Source::Named(volume) => volume.build(self.share)?,
+            Source::Disk(path) => MountSource::Disk {
+                path: absolute(&path, cwd),
+                format: self.format,
+                fstype: self.fstype,
+            },
+            Source::Tmpfs => MountSource::Tmpfs { size: self.size },
+        };
+        let mount = MountSpec {
+            target: target.clone(),
+            source,
+            access: self.access,
+            noexec: self.noexec,
+            nosuid: self.nosuid,
+            nodev: self.nodev,
+        };
+        let wrong =
+            |rule: RuleError| misused(&rule.to_string(), rule.hint().unwrap_or("change one"));
+        mount.check().map_err(wrong)?;
+        Ok(mount)
+    }
+}
+
+impl NamedVolumeBuilder {
+    /// It must exist. This is the default.
+    pub fn existing(mut self) -> Self {
+        self.mode = NamedVolumeMode::Existing;
+        self
+    }
+
+    /// It is made, and must not exist.
+    pub fn create(mut self) -> Self {
+        self.mode = NamedVolumeMode::Create;
+        self
+    }
+
+    /// It is made when it is missing, and reused when it is what is asked for.
+    pub fn ensure_exists(mut self) -> Self {
+        self.mode = NamedVolumeMode::EnsureExists;
+        self
+    }
+
+    /// It is a directory. This is the default.
+    pub fn directory(mut self) -> Self {
+        self.request.kind = Some(VolumeKind::Directory);
+        self.request.size = None;
+        self
+    }
+
+    /// It is a raw disk image with ext4; to make one, [`size`](Self::size) is needed.
+    pub fn disk(mut self) -> Self {
+        self.request.kind = Some(VolumeKind::Disk);
+        self.request.quota = None;
+        self
+    }
+
+    /// Capacity of a disk.
+    pub fn size(mut self, size: impl Into<Mebibytes>) -> Self {
+        self.request.size = Some(size.into());
+        self
+    }
+
+    /// Quota of a directory.
+    pub fn quota(mut self, size: impl Into<Mebibytes>) -> Self {
+        self.request.quota = Some(size.into());
+        self
+    }
+
+    /// A label that a new volume gets, and that one that exists must have.
+    pub fn label(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.request.labels.insert(key.into(), value.into());
+        self
+    }
+
+    fn build(self, share: ShareOptions) -> MicrosandboxResult<MountSource> {
+        let mut request = self.request;
+        // Whoever may make the volume says what it is by saying nothing: a directory.
+        if self.mode != NamedVolumeMode::Existing {
+            request.kind.get_or_insert(VolumeKind::Directory);
+        }
+        let name = VolumeName::try_from(self.name)?;
+        Ok(MountSource::Named {
+            name,
+            mode: self.mode,
+            request,
+            share,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{BindKind, MountFlag, SizeExt, parse_mount};
+
+    fn build(f: impl FnOnce(MountBuilder) -> MountBuilder) -> MicrosandboxResult<MountSpec> {
+        f(MountBuilder::new()).build("/x", Path::new("/w"))
+    }
+
+    /// Checks that calls and a flag mean the same.
+    fn check(f: impl FnOnce(MountBuilder) -> MountBuilder, flag: MountFlag, text: &str) {
+        let mut parsed = parse_mount(flag, text, Path::new("/w")).unwrap();
+        // The command line insists on a kind and makes volumes; calls say so explicitly.
+        if let MountSource::Bind { expect, .. } = &mut parsed.source {
+            *expect = None::<BindKind>;
+        }
+        assert_eq!(build(f).unwrap(), parsed, "{text}");
+    }
+
+    #[test]
+    fn calls_mean_what_flags_mean() {
+        check(
+            |v| v.bind("./s").readonly().noexec(),
+            MountFlag::Dir,
+            "./s:/x:ro,noexec",
+        );
+        check(
+            |v| v.bind("s").nosuid().nodev().quota(5),
+            MountFlag::Dir,
+            "s:/x:nosuid,nodev,quota=5",
+        );
+        check(
+            |v| {
+                v.bind("/s")
+                    .stat_virtualization(StatVirtualization::Relaxed)
+                    .host_permissions(HostPermissions::Mirror)
+                    .owner(1, 2)
+                    .follow_root_symlinks()
+            },
+            MountFlag::Dir,
+            "/s:/x:stat-virt=relaxed,host-perms=mirror,uid=1,gid=2,follow-root-symlinks",
+        );
+        check(
+            |v| v.tmpfs().size(100).noexec(),
+            MountFlag::Tmpfs,
+            "/x:100:noexec",
+        );
+        check(
+            |v| {
+                v.disk("d.img")
+                    .format(DiskImageFormat::Qcow2)
+                    .fstype("ext4")
+                    .readonly()
+            },
+            MountFlag::Disk,
+            "d.img:/x:ro,format=qcow2,fstype=ext4",
+        );
+        check(
+            |v| v.named_with("n", |n| n.ensure_exists().disk().size(20.gib())),
+            MountFlag::Named,
+            "n:/x:kind=disk,size=20G",
+        );
+        check(
+            |v| v.named_with("n", |n| n.ensure_exists().quota(20.gib())),
+            MountFlag::Named,
+            "n:/x:kind=dir,quota=20G",
+        );
+    }
+
+    #[test]
+    fn a_named_volume_must_exist_unless_said_otherwise() {
+        let MountSource::Named { mode, request, .. } = build(|v| v.named("n")).unwrap().source
+        else {
+            panic!("a named volume");
+        };
+        assert_eq!(
+            (mode, request),
+            (NamedVolumeMode::Existing, VolumeRequest::default())
+        );
+    }
+
+    #[test]
+    fn a_change_of_kind_takes_back_what_only_the_other_had() {
+        assert!(build(|v| v.named_with("n", |n| n.create().quota(1).disk().size(1))).is_ok());
+        assert!(build(|v| v.named_with("n", |n| n.create().disk().size(1).directory())).is_ok());
+    }
+
+    #[test]
+    fn misuse_is_reported_when_it_is_built() {
+        for (built, wanted) in [
+            (build(|v| v), "no mount type set"),
+            (build(|v| v.tmpfs().bind("/a")), "two mount types set"),
+            (build(|v| v.bind("/a").size(1)), "size() without tmpfs()"),
+            (
+                build(|v| v.bind("/a").fstype("ext4")),
+                "fstype() without disk()",
+            ),
+            (
+                build(|v| v.tmpfs().format(DiskImageFormat::Raw)),
+                "format() without disk()",
+            ),
+            (build(|v| v.named("n").quota(1)), "quota() without bind()"),
+            (
+                build(|v| v.named("n").follow_root_symlinks()),
+                "follow_root_symlinks() without bind()",
+            ),
+            (
+                build(|v| v.disk("/a").owner(0, 0)),
+                "options of shared directories without bind() and named()",
+            ),
+            (
+                build(|v| v.disk("/a").fstype("")),
+                "`` is not a file system type",
+            ),
+            (
+                build(|v| v.named_with("n", |n| n.create().size(1))),
+                "a size needs `kind=disk`",
+            ),
+        ] {
+            let error = built.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+            let message = error.to_string();
+            assert!(message.contains(wanted), "{message}: {wanted}");
+            assert_eq!(error.value(), Some("/x"), "{message}");
+        }
+        let name = build(|v| v.named("./n")).unwrap_err();
+        assert_eq!(name.value(), Some("./n"));
+    }
+}

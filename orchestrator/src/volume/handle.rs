@@ -1,0 +1,337 @@
+//! Volumes as programs see them: made, found, listed, removed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::fs::VolumeFsHandle;
+use super::record::{DISK_IMAGE, Record, folder};
+use super::users::{VolumeUse, sandboxes_using};
+use super::{blocking, store, tree};
+use crate::error::{Error, ErrorKind, MicrosandboxResult};
+use crate::rundir::Home;
+use crate::spec::{Mebibytes, NamedVolumeMode, VolumeKind, VolumeName, VolumeRequest};
+
+/// A named volume: storage that lives on its own and is mounted into sandboxes.
+///
+/// ```no_run
+/// use microsandbox::{MicrosandboxResult, Volume};
+///
+/// # async fn example() -> MicrosandboxResult<()> {
+/// let cache = Volume::builder("pip-cache").create().await?;
+/// assert_eq!(cache.name(), "pip-cache");
+/// for volume in Volume::list().await? {
+///     println!("{}", volume.name());
+/// }
+/// Volume::remove("pip-cache").await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Volume {
+    handle: VolumeHandle,
+}
+
+/// A handle on a named volume that exists.
+///
+/// ```no_run
+/// # use microsandbox::{MicrosandboxResult, Volume, VolumeKind};
+/// # async fn example() -> MicrosandboxResult<()> {
+/// let handle = Volume::get("docker-data").await?;
+/// if handle.kind() == VolumeKind::Disk {
+///     println!("{:?} bytes of {:?}", handle.capacity_bytes(), handle.disk_fstype());
+/// }
+/// println!("takes {} bytes on this host", handle.used_bytes().await?);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct VolumeHandle {
+    home: Home,
+    record: Record,
+    fs: VolumeFsHandle,
+}
+
+/// Describes a volume that is to be made.
+///
+/// ```no_run
+/// use microsandbox::{MicrosandboxResult, SizeExt, Volume};
+///
+/// # async fn example() -> MicrosandboxResult<()> {
+/// let docker_data = Volume::builder("docker-data").disk().size(20.gib()).create().await?;
+/// let cache = Volume::builder("cache").quota(1024).label("team", "build").create().await?;
+/// # let _ = (docker_data, cache);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `create` is called"]
+pub struct VolumeBuilder {
+    name: String,
+    kind: VolumeKind,
+    size: Option<Mebibytes>,
+    quota: Option<u64>,
+    labels: BTreeMap<String, String>,
+}
+
+impl Volume {
+    /// Begins a new volume: a directory, unless [`VolumeBuilder::disk`] says otherwise.
+    pub fn builder(name: impl Into<String>) -> VolumeBuilder {
+        VolumeBuilder {
+            name: name.into(),
+            kind: VolumeKind::Directory,
+            size: None,
+            quota: None,
+            labels: BTreeMap::new(),
+        }
+    }
+
+    /// Finds a volume.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::VolumeNotFound`] when there is none of that name.
+    pub async fn get(name: &str) -> MicrosandboxResult<VolumeHandle> {
+        let name = VolumeName::try_from(name.to_owned())?;
+        blocking(move || {
+            let home = Home::from_env()?;
+            let record = store::find(&home, &name)?;
+            Ok(VolumeHandle::new(home, record))
+        })
+        .await
+    }
+
+    /// All volumes, newest first.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] when the store cannot be read.
+    pub async fn list() -> MicrosandboxResult<Vec<VolumeHandle>> {
+        blocking(|| {
+            let home = Home::from_env()?;
+            let records = store::list(&home)?;
+            Ok(records
+                .into_iter()
+                .map(|record| VolumeHandle::new(home.clone(), record))
+                .collect())
+        })
+        .await
+    }
+
+    /// Removes a volume with everything in it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InUse`] while a running sandbox mounts it, [`ErrorKind::VolumeNotFound`].
+    pub async fn remove(name: &str) -> MicrosandboxResult<()> {
+        let name = VolumeName::try_from(name.to_owned())?;
+        blocking(move || store::remove(&Home::from_env()?, &name)).await
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.handle.name()
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> VolumeKind {
+        self.handle.kind()
+    }
+
+    /// The folder that is the volume, or holds its disk image.
+    pub fn path(&self) -> &Path {
+        self.handle.path()
+    }
+
+    /// The image of a disk volume.
+    pub fn disk_path(&self) -> Option<PathBuf> {
+        self.handle.disk_path()
+    }
+
+    /// Capacity of a disk volume in bytes.
+    pub fn capacity_bytes(&self) -> Option<u64> {
+        self.handle.capacity_bytes()
+    }
+
+    /// Image format of a disk volume.
+    pub fn disk_format(&self) -> Option<&str> {
+        self.handle.disk_format()
+    }
+
+    /// File system of a disk volume.
+    pub fn disk_fstype(&self) -> Option<&str> {
+        self.handle.disk_fstype()
+    }
+
+    /// Its files, from the host.
+    pub fn fs(&self) -> VolumeFsHandle {
+        self.handle.fs()
+    }
+}
+
+impl VolumeHandle {
+    fn new(home: Home, record: Record) -> Self {
+        let fs = VolumeFsHandle::new(folder(&home, &record.name));
+        Self { home, record, fs }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.record.name.as_str()
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> VolumeKind {
+        self.record.kind
+    }
+
+    /// The folder that is the volume, or holds its disk image.
+    pub fn path(&self) -> &Path {
+        self.fs.folder()
+    }
+
+    /// The image of a disk volume.
+    pub fn disk_path(&self) -> Option<PathBuf> {
+        self.of_disk(self.path().join(DISK_IMAGE))
+    }
+
+    /// Capacity of a disk volume in bytes.
+    pub fn capacity_bytes(&self) -> Option<u64> {
+        self.record.capacity_bytes
+    }
+
+    /// Image format of a disk volume: `raw`.
+    pub fn disk_format(&self) -> Option<&str> {
+        self.of_disk("raw")
+    }
+
+    /// File system of a disk volume: `ext4`.
+    pub fn disk_fstype(&self) -> Option<&str> {
+        self.of_disk("ext4")
+    }
+
+    /// Quota of a directory volume.
+    pub fn quota_mib(&self) -> Option<u32> {
+        self.record.quota_mib.map(|quota| quota.0)
+    }
+
+    /// Its labels.
+    pub fn labels(&self) -> &BTreeMap<String, String> {
+        &self.record.labels
+    }
+
+    /// When it was made.
+    pub fn created_at(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_millis(self.record.created_at_ms)
+    }
+
+    /// Its files, from the host.
+    pub fn fs(&self) -> VolumeFsHandle {
+        self.fs.clone()
+    }
+
+    /// Bytes that it really takes on this host: what a sparse disk leaves out does not count.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] when the measuring is interrupted.
+    pub async fn used_bytes(&self) -> MicrosandboxResult<u64> {
+        let folder = self.path().to_owned();
+        blocking(move || Ok(tree::allocated(&folder))).await
+    }
+
+    /// The sandboxes that mount it, running or not.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] when the sandboxes cannot be listed.
+    pub async fn used_by(&self) -> MicrosandboxResult<Vec<VolumeUse>> {
+        let this = self.clone();
+        blocking(move || sandboxes_using(&this.home, &this.record.name)).await
+    }
+
+    /// Removes it with everything in it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InUse`] while a running sandbox mounts it, [`ErrorKind::VolumeNotFound`].
+    pub async fn remove(&self) -> MicrosandboxResult<()> {
+        let this = self.clone();
+        blocking(move || store::remove(&this.home, &this.record.name)).await
+    }
+
+    fn of_disk<T>(&self, value: T) -> Option<T> {
+        (self.kind() == VolumeKind::Disk).then_some(value)
+    }
+}
+
+impl VolumeBuilder {
+    /// Makes it a directory. This is the default.
+    pub fn directory(mut self) -> Self {
+        self.kind = VolumeKind::Directory;
+        self
+    }
+
+    /// Makes it a raw disk image with an ext4 file system; [`size`](Self::size) is then needed.
+    pub fn disk(mut self) -> Self {
+        self.kind = VolumeKind::Disk;
+        self
+    }
+
+    /// Capacity of a disk: a number of MiB, or `20.gib()`.
+    pub fn size(mut self, size: impl Into<Mebibytes>) -> Self {
+        self.size = Some(size.into());
+        self
+    }
+
+    /// Quota of a directory in MiB.
+    pub fn quota(mut self, mib: u64) -> Self {
+        self.quota = Some(mib);
+        self
+    }
+
+    /// Adds a label.
+    pub fn label(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.labels.insert(key.into(), value.into());
+        self
+    }
+
+    /// Makes the volume.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::VolumeAlreadyExists`] when there is one of that name,
+    /// [`ErrorKind::InvalidConfig`] when the name, size or quota is not possible.
+    pub async fn create(self) -> MicrosandboxResult<Volume> {
+        let name = VolumeName::try_from(self.name.clone())?;
+        let request = self.request()?;
+        blocking(move || {
+            let home = Home::from_env()?;
+            let (record, _) = store::ensure(&home, &name, NamedVolumeMode::Create, &request)?;
+            Ok(Volume {
+                handle: VolumeHandle::new(home, record),
+            })
+        })
+        .await
+    }
+
+    fn request(self) -> MicrosandboxResult<VolumeRequest> {
+        let quota = self.quota.map(|mib| {
+            u32::try_from(mib).map(Mebibytes).map_err(|_| {
+                Error::new(
+                    ErrorKind::InvalidConfig,
+                    format!("a quota of {mib} MiB is too large"),
+                )
+                .with_value(mib.to_string())
+            })
+        });
+        let request = VolumeRequest {
+            kind: Some(self.kind),
+            size: self.size,
+            quota: quota.transpose()?,
+            labels: self.labels,
+        };
+        request.check()?;
+        Ok(request)
+    }
+}
