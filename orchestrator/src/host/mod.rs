@@ -1,5 +1,6 @@
 //! Reads the host once, before anything is decided: paths, volumes, programs, kernel, KVM.
 
+mod checkup;
 mod kernel;
 mod path;
 mod program;
@@ -7,6 +8,7 @@ mod program;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+pub use checkup::{Finding, Verdict, examine};
 pub use kernel::{KernelFacts, KvmFacts};
 pub use path::{Link, PathFacts, PathKind};
 pub use program::Programs;

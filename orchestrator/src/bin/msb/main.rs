@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod machine;
 mod output;
 
 fn main() -> std::process::ExitCode {

@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::io::{IsTerminal, Write, stderr, stdout};
+use std::time::SystemTime;
 
 use microsandbox::{Error, ErrorKind};
 use serde::Serialize;
@@ -75,9 +76,52 @@ pub(crate) fn json(value: &impl Serialize) -> Result<(), Error> {
     print(&format!("{text}\n"))
 }
 
+/// A moment as programs read it (RFC 3339, in UTC).
+pub(crate) fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+/// How long ago a moment was, as people say it.
+pub(crate) fn age(time: SystemTime) -> String {
+    let seconds = time.elapsed().unwrap_or_default().as_secs();
+    match seconds {
+        0..60 => format!("{seconds} s ago"),
+        60..3600 => format!("{} min ago", seconds / 60),
+        3600..86400 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} days ago", seconds / 86400),
+    }
+}
+
+/// A number of bytes as people read it: whole up to KiB, then with one decimal.
+pub(crate) fn bytes(count: u64) -> String {
+    let units = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    // In tenths of the unit, rounded, so that no floating point is needed.
+    let mut tenths = count.saturating_mul(10) / 1024;
+    let mut unit = 0;
+    while tenths >= 10240 && unit + 1 < units.len() {
+        tenths /= 1024;
+        unit += 1;
+    }
+    let name = units.get(unit).unwrap_or(&"KiB");
+    if tenths.is_multiple_of(10) {
+        format!("{} {name}", tenths / 10)
+    } else {
+        format!("{}.{} {name}", tenths / 10, tenths % 10)
+    }
+}
+
 /// Tells of something that worked, on standard error.
 pub(crate) fn done(what: &str) {
     note("✓", "32", what);
+}
+
+/// Says something on standard error that is no result.
+pub(crate) fn say(what: &str) {
+    // Nobody is left to tell when standard error is gone.
+    let _ = writeln!(stderr().lock(), "{what}");
 }
 
 /// Tells of something worth knowing, on standard error.
@@ -115,6 +159,21 @@ fn note(mark: &str, colour: &str, text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_of_bytes_are_readable() {
+        for (count, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (20 << 30, "20 GiB"),
+            ((1 << 30) + (1 << 29), "1.5 GiB"),
+            (u64::MAX, "1638.3 PiB"),
+        ] {
+            assert_eq!(bytes(count), text);
+        }
+    }
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {

@@ -1,6 +1,6 @@
 //! One function per verb: what was typed becomes a call of the library, its result text.
 
-mod plan;
+mod volume;
 
 use std::env;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use microsandbox::{Error, ErrorKind};
 use tokio::runtime::Builder;
 
 use crate::args::{Cli, Command};
-use crate::output;
+use crate::{machine, output};
 
 /// Carries out a command line; whatever goes wrong is told on standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
@@ -28,7 +28,10 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
 
 async fn dispatch(command: Command) -> Result<ExitCode, Error> {
     match command {
-        Command::Plan(flags) => plan::plan(&flags),
+        Command::Volume(command) => volume::volume(command).await,
+        Command::Plan(flags) => machine::plan(&flags),
+        Command::Doctor(format) => machine::doctor(format),
+        Command::Completion { shell } => machine::completion(shell),
         // Verbs whose module is still to come.
         other => Err(Error::new(
             ErrorKind::Unsupported,
