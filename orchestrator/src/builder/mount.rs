@@ -1,5 +1,6 @@
 //! One volume of a sandbox, described by calls.
 
+use std::mem;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
@@ -213,7 +214,7 @@ impl MountBuilder {
     }
 
     /// The mount at `target`; relative host paths are taken from `cwd`.
-    pub(super) fn build(self, target: &str, cwd: &Path) -> MicrosandboxResult<MountSpec> {
+    pub(super) fn build(mut self, target: &str, cwd: &Path) -> MicrosandboxResult<MountSpec> {
         let target = GuestPath::try_from(target.to_owned())?;
         let misused = |what: &str, right: &str| {
             let message = format!("volume at `{target}`: {what}");
@@ -221,7 +222,7 @@ impl MountBuilder {
                 .with_value(target.as_str())
                 .with_hint(right)
         };
-        let mut sources = self.sources.into_iter();
+        let mut sources = mem::take(&mut self.sources).into_iter();
         let source = match (sources.next(), sources.next()) {
             (Some(source), None) => source,
             (None, _) => {
@@ -237,52 +238,9 @@ impl MountBuilder {
                 ));
             }
         };
-        let strays = [
-            (
-                self.size.is_some(),
-                matches!(source, Source::Tmpfs),
-                "size()",
-                "tmpfs()",
-            ),
-            (
-                self.format.is_some(),
-                matches!(source, Source::Disk(_)),
-                "format()",
-                "disk()",
-            ),
-            (
-                self.fstype.is_some(),
-                matches!(source, Source::Disk(_)),
-                "fstype()",
-                "disk()",
-            ),
-            (
-                self.share.quota.is_some(),
-                matches!(source, Source::Bind(_)),
-                "quota()",
-                "bind()",
-            ),
-            (
-                self.follow_root_symlinks,
-                matches!(source, Source::Bind(_)),
-                "follow_root_symlinks()",
-                "bind()",
-            ),
-            (
-                ShareOptions {
-                    quota: None,
-                    ..self.share.clone()
-                } != ShareOptions::default(),
-                matches!(source, Source::Bind(_) | Source::Named(_)),
-                "options of shared directories",
-                "bind() and named()",
-            ),
-        ];
-        if let Some((_, _, what, right)) = strays.iter().find(|(given, fits, ..)| *given && !fits) {
-            return Err(misused(
-                &format!("{what} without {right}"),
-                &format!("valid with {right}"),
-            ));
+        if let Some((what, right)) = self.stray(&source) {
+            let what = format!("{what} without {right}");
+            return Err(misused(&what, &format!("valid with {right}")));
         }
         let source = match source {
             Source::Bind(path) => MountSource::Bind {
@@ -311,6 +269,42 @@ impl MountBuilder {
             |rule: RuleError| misused(&rule.to_string(), rule.hint().unwrap_or("change one"));
         mount.check().map_err(wrong)?;
         Ok(mount)
+    }
+
+    /// A call that does not fit the source, and what it would fit.
+    fn stray(&self, source: &Source) -> Option<(&'static str, &'static str)> {
+        let disk = matches!(source, Source::Disk(_));
+        let bind = matches!(source, Source::Bind(_));
+        let shared = bind || matches!(source, Source::Named(_));
+        let options = ShareOptions {
+            quota: None,
+            ..self.share.clone()
+        };
+        let calls = [
+            (
+                self.size.is_some(),
+                matches!(source, Source::Tmpfs),
+                "size()",
+                "tmpfs()",
+            ),
+            (self.format.is_some(), disk, "format()", "disk()"),
+            (self.fstype.is_some(), disk, "fstype()", "disk()"),
+            (self.share.quota.is_some(), bind, "quota()", "bind()"),
+            (
+                self.follow_root_symlinks,
+                bind,
+                "follow_root_symlinks()",
+                "bind()",
+            ),
+            (
+                options != ShareOptions::default(),
+                shared,
+                "options of shared directories",
+                "bind() and named()",
+            ),
+        ];
+        let stray = calls.into_iter().find(|(given, fits, ..)| *given && !fits);
+        stray.map(|(_, _, what, right)| (what, right))
     }
 }
 

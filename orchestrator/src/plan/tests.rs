@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use expect_test::expect;
+use serde_json::Value;
 
 use super::*;
 use crate::host::{KernelFacts, KvmFacts, Link, PathFacts, PathKind, Programs};
@@ -144,114 +145,35 @@ fn targets(plan: &Plan) -> Vec<&str> {
         .collect()
 }
 
+/// A value with one line for each part of it.
+fn lines(value: &impl Serialize) -> String {
+    let mut text = String::new();
+    let mut add = |name: &str, value: &Value| text.push_str(&format!("{name} {value}\n"));
+    let value = serde_json::to_value(value).unwrap();
+    for (name, part) in value.as_object().into_iter().flatten() {
+        match part {
+            Value::Array(entries) => entries.iter().for_each(|entry| add(name, entry)),
+            other => add(name, other),
+        }
+    }
+    text
+}
+
 #[test]
 fn a_sandbox_without_volumes() {
-    let plan = serde_json::to_string_pretty(&planned(&[])).unwrap();
     expect![[r#"
-        {
-          "name": "box",
-          "volumes": [],
-          "backends": [
-            {
-              "id": "root_image",
-              "purpose": "root image",
-              "device": {
-                "kind": "fs",
-                "source": {
-                  "kind": "directory",
-                  "path": "/home/me/.microsandbox/images/alpine/rootfs"
-                },
-                "read_only": true,
-                "stat_virtualization": "strict",
-                "host_permissions": "private",
-                "default_owner": [
-                  0,
-                  0
-                ],
-                "owner": null,
-                "cache": null,
-                "exclusive": true,
-                "quota_bytes": null,
-                "queues": 2
-              }
-            },
-            {
-              "id": "root_disk",
-              "purpose": "root disk",
-              "device": {
-                "kind": "blk",
-                "image": "/home/me/.microsandbox/sandboxes/box/root.raw",
-                "format": "raw",
-                "read_only": false,
-                "queues": 2
-              }
-            }
-          ],
-          "disks": [
-            {
-              "path": "/home/me/.microsandbox/sandboxes/box/root.raw",
-              "size_bytes": 4294967296,
-              "label": "msb-root"
-            }
-          ],
-          "vm": {
-            "vmm": "qemu",
-            "accel": "tcg",
-            "reason": "/dev/kvm opens, but the processor has neither vmx nor svm",
-            "cpus": 2,
-            "memory_bytes": 536870912,
-            "kernel": "/kernel/vmlinuz",
-            "modules": "/kernel/modules",
-            "module_names": [
-              "virtio_pci",
-              "virtio_mmio",
-              "virtio_console",
-              "virtio_blk",
-              "virtiofs",
-              "ext4",
-              "overlay"
-            ]
-          },
-          "guest": {
-            "hostname": "box",
-            "root": {
-              "kind": "overlay",
-              "lower": {
-                "kind": "share",
-                "tag": "root_image"
-              },
-              "upper": {
-                "kind": "disk",
-                "serial": "root_disk",
-                "fstype": "ext4"
-              }
-            },
-            "mounts": [
-              {
-                "target": "/tmp",
-                "source": {
-                  "kind": "tmpfs",
-                  "size_bytes": 134217728,
-                  "mode": 1023
-                },
-                "flags": {
-                  "read_only": false,
-                  "noexec": false,
-                  "nosuid": false,
-                  "nodev": false
-                }
-              }
-            ],
-            "security": "default",
-            "time_ns": 0
-          }
-        }"#]]
-    .assert_eq(&plan);
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":true,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":true,"source":{"kind":"directory","path":"/home/me/.microsandbox/images/alpine/rootfs"},"stat_virtualization":"strict"},"id":"root_image","purpose":"root image"}
+        backends {"device":{"format":"raw","image":"/home/me/.microsandbox/sandboxes/box/root.raw","kind":"blk","queues":2,"read_only":false},"id":"root_disk","purpose":"root disk"}
+        disks {"label":"msb-root","path":"/home/me/.microsandbox/sandboxes/box/root.raw","size_bytes":4294967296}
+        guest {"hostname":"box","mounts":[{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"tmpfs","mode":1023,"size_bytes":134217728},"target":"/tmp"}],"root":{"kind":"overlay","lower":{"kind":"share","tag":"root_image"},"upper":{"fstype":"ext4","kind":"disk","serial":"root_disk"}},"security":"default","time_ns":0}
+        name "box"
+        vm {"accel":"tcg","cpus":2,"kernel":"/kernel/vmlinuz","memory_bytes":536870912,"module_names":["virtio_pci","virtio_mmio","virtio_console","virtio_blk","virtiofs","ext4","overlay"],"modules":"/kernel/modules","reason":"/dev/kvm opens, but the processor has neither vmx nor svm","vmm":"qemu"}
+    "#]].assert_eq(&lines(&planned(&[])));
 }
 
 #[test]
 fn each_kind_of_volume_has_its_backend_and_its_mount() {
-    let plan = planned(&[
+    let mut plan = planned(&[
         "--mount-dir ./dir:/app/src:ro,noexec",
         "--mount-file ./file:/etc/app.toml",
         "--mount-named cache:/cache:quota=1G",
@@ -259,29 +181,20 @@ fn each_kind_of_volume_has_its_backend_and_its_mount() {
         "--mount-disk ./disk.qcow2:/seed:fstype=ext4",
         "--tmpfs /tmp:64M:noexec",
     ]);
-    let shown = (&plan.volumes, &plan.backends[2..], &plan.guest.mounts);
-    let shown: Vec<String> = serde_json::to_value(shown)
-        .unwrap()
-        .as_array()
-        .into_iter()
-        .flatten()
-        .flat_map(|list| list.as_array().cloned().unwrap_or_default())
-        .map(|entry| entry.to_string())
-        .collect();
+    plan.backends.drain(..2);
     expect![[r#"
-        {"exists":false,"mode":"ensure-exists","name":"cache","request":{"kind":null,"labels":{},"quota":1024,"size":null}}
-        {"exists":false,"mode":"ensure-exists","name":"data","request":{"kind":"disk","labels":{},"quota":null,"size":64}}
-        {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":1073741824,"read_only":false,"source":{"kind":"directory","path":"/home/me/.microsandbox/volumes/cache"},"stat_virtualization":"strict"},"id":"cache_4f7cfe6f","purpose":"/cache"}
-        {"device":{"format":"raw","image":"/home/me/.microsandbox/volumes/data/disk.raw","kind":"blk","queues":2,"read_only":false},"id":"data_bd47413b","purpose":"/data"}
-        {"device":{"format":"qcow2","image":"/h/disk.qcow2","kind":"blk","queues":2,"read_only":false},"id":"seed_388b7041","purpose":"/seed"}
-        {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":true,"source":{"kind":"directory","path":"/h/dir"},"stat_virtualization":"strict"},"id":"app_src_18f688b2","purpose":"/app/src"}
-        {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":false,"source":{"kind":"file","path":"/h/file"},"stat_virtualization":"strict"},"id":"etc_app_tom_0fd6d6ce","purpose":"/etc/app.toml"}
-        {"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"share","tag":"cache_4f7cfe6f"},"target":"/cache"}
-        {"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"fstype":"ext4","kind":"disk","serial":"data_bd47413b"},"target":"/data"}
-        {"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"fstype":"ext4","kind":"disk","serial":"seed_388b7041"},"target":"/seed"}
-        {"flags":{"nodev":false,"noexec":true,"nosuid":false,"read_only":false},"source":{"kind":"tmpfs","mode":1023,"size_bytes":67108864},"target":"/tmp"}
-        {"flags":{"nodev":false,"noexec":true,"nosuid":false,"read_only":true},"source":{"kind":"share","tag":"app_src_18f688b2"},"target":"/app/src"}
-        {"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"shared-file","name":"file","tag":"etc_app_tom_0fd6d6ce"},"target":"/etc/app.toml"}"#]].assert_eq(&shown.join("\n"));
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":1073741824,"read_only":false,"source":{"kind":"directory","path":"/home/me/.microsandbox/volumes/cache"},"stat_virtualization":"strict"},"id":"cache_4f7cfe6f","purpose":"/cache"}
+        backends {"device":{"format":"raw","image":"/home/me/.microsandbox/volumes/data/disk.raw","kind":"blk","queues":2,"read_only":false},"id":"data_bd47413b","purpose":"/data"}
+        backends {"device":{"format":"qcow2","image":"/h/disk.qcow2","kind":"blk","queues":2,"read_only":false},"id":"seed_388b7041","purpose":"/seed"}
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":true,"source":{"kind":"directory","path":"/h/dir"},"stat_virtualization":"strict"},"id":"app_src_18f688b2","purpose":"/app/src"}
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":false,"source":{"kind":"file","path":"/h/file"},"stat_virtualization":"strict"},"id":"etc_app_tom_0fd6d6ce","purpose":"/etc/app.toml"}
+        disks {"label":"msb-root","path":"/home/me/.microsandbox/sandboxes/box/root.raw","size_bytes":4294967296}
+        guest {"hostname":"box","mounts":[{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"share","tag":"cache_4f7cfe6f"},"target":"/cache"},{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"fstype":"ext4","kind":"disk","serial":"data_bd47413b"},"target":"/data"},{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"fstype":"ext4","kind":"disk","serial":"seed_388b7041"},"target":"/seed"},{"flags":{"nodev":false,"noexec":true,"nosuid":false,"read_only":false},"source":{"kind":"tmpfs","mode":1023,"size_bytes":67108864},"target":"/tmp"},{"flags":{"nodev":false,"noexec":true,"nosuid":false,"read_only":true},"source":{"kind":"share","tag":"app_src_18f688b2"},"target":"/app/src"},{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"shared-file","name":"file","tag":"etc_app_tom_0fd6d6ce"},"target":"/etc/app.toml"}],"root":{"kind":"overlay","lower":{"kind":"share","tag":"root_image"},"upper":{"fstype":"ext4","kind":"disk","serial":"root_disk"}},"security":"default","time_ns":0}
+        name "box"
+        vm {"accel":"tcg","cpus":2,"kernel":"/kernel/vmlinuz","memory_bytes":536870912,"module_names":["virtio_pci","virtio_mmio","virtio_console","virtio_blk","virtiofs","ext4","overlay"],"modules":"/kernel/modules","reason":"/dev/kvm opens, but the processor has neither vmx nor svm","vmm":"qemu"}
+        volumes {"exists":false,"mode":"ensure-exists","name":"cache","request":{"kind":null,"labels":{},"quota":1024,"size":null}}
+        volumes {"exists":false,"mode":"ensure-exists","name":"data","request":{"kind":"disk","labels":{},"quota":null,"size":64}}
+    "#]].assert_eq(&lines(&plan));
 }
 
 #[test]

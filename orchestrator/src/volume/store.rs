@@ -140,6 +140,8 @@ pub(super) fn list(home: &Home) -> MicrosandboxResult<Vec<Record>> {
 
 /// Removes a volume and what it holds.
 pub(super) fn remove(home: &Home, name: &VolumeName) -> MicrosandboxResult<()> {
+    // No lock file for a name that nobody uses.
+    record::read(home, name)?.ok_or_else(|| VolumeProblem::Missing.into_error(name))?;
     let _lock = lock(home, name)?;
     let record = settled(home, name)?.ok_or_else(|| VolumeProblem::Missing.into_error(name))?;
     let users = sandboxes_using(home, name)?;
