@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod device;
+pub mod jail;
 mod request;
 mod serve;
 mod startup;
