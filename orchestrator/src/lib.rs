@@ -2,15 +2,27 @@
 
 #![deny(unsafe_code)]
 
+mod agent;
+pub mod backend;
+mod builder;
 mod error;
 pub mod host;
 pub mod image;
+mod initramfs;
 pub mod plan;
 pub mod rundir;
+pub mod sandbox;
 pub mod spec;
+pub mod supervisor;
+mod vmlinux;
+mod vmm;
 pub mod volume;
 
+pub use builder::{MountBuilder, NamedVolumeBuilder, SandboxBuilder};
 pub use error::{Error, ErrorKind, MicrosandboxResult};
+pub use sandbox::{
+    ExecControl, ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExecStdin, Launch, Sandbox,
+};
 pub use spec::{
     Accel, CachePolicy, DiskImageFormat, HostPermissions, Mebibytes, NameError, NamedVolumeMode,
     SecurityProfile, SizeError, SizeExt, StatVirtualization, VmmKind, VolumeKind,

@@ -348,6 +348,11 @@ impl SandboxDir {
         self.path.join("console.log")
     }
 
+    /// What commands printed that nobody waited for.
+    pub fn output_log(&self) -> PathBuf {
+        self.path.join("output.log")
+    }
+
     /// What the supervisor and its children printed.
     pub fn supervisor_log(&self) -> PathBuf {
         self.path.join("supervisor.log")

@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 pub(crate) use sandbox::{
-    Copy, Create, Exec, ImageCommand, Inspect, Logs, Processes, Remove, Restart, Run, SandboxFlags,
-    Sandboxes, Start, Stop, Supervise,
+    Copy, Create, Exec, ImageCommand, Inspect, LogSource, Logs, Processes, Remove, Restart, Run,
+    SandboxFlags, Sandboxes, Selection, Start, Stop, Supervise, Tied,
 };
 pub(crate) use volume::{VolumeCommand, VolumeCreate, VolumeInspect, VolumeList, VolumeRemove};
 
@@ -86,6 +86,9 @@ pub(crate) enum Command {
     /// Be the supervisor of one sandbox
     #[command(hide = true)]
     Supervise(Supervise),
+    /// Be another program, which ends when its parent does
+    #[command(hide = true)]
+    Tied(Tied),
 }
 
 /// The flags of `msb run`, for a plan only.

@@ -1,6 +1,7 @@
 //! The flags of the verbs that make sandboxes and work on them.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -343,6 +344,15 @@ pub(crate) enum ImageCommand {
 pub(crate) struct Supervise {
     /// Folder of the sandbox
     pub(crate) folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Tied {
+    /// Process id of the parent
+    pub(crate) parent: u32,
+    /// The program and its arguments
+    #[arg(last = true, required = true)]
+    pub(crate) argv: Vec<OsString>,
 }
 
 impl SandboxFlags {

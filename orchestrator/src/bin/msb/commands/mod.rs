@@ -1,11 +1,18 @@
 //! One function per verb: what was typed becomes a call of the library, its result text.
 
+mod exec;
+mod image;
+mod lifecycle;
+mod list;
+mod logs;
+mod run;
 mod volume;
 
 use std::env;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use microsandbox::supervisor::{become_tied, supervise};
 use microsandbox::{Error, ErrorKind};
 use tokio::runtime::Builder;
 
@@ -14,20 +21,44 @@ use crate::{machine, output};
 
 /// Carries out a command line; whatever goes wrong is told on standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
-    let done = Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("cannot start the event loop", error))
-        .and_then(|events| events.block_on(dispatch(cli.command)));
+    let done = match cli.command {
+        // These two are whole processes of their own, on their main thread.
+        Command::Supervise(args) => supervise(&args.folder).map(|()| ExitCode::SUCCESS),
+        Command::Tied(args) => become_tied(args.parent, &args.argv).map(|()| ExitCode::SUCCESS),
+        command => in_event_loop(command),
+    };
     done.unwrap_or_else(|error| {
         output::error(&error);
         ExitCode::FAILURE
     })
 }
 
+fn in_event_loop(command: Command) -> Result<ExitCode, Error> {
+    let events = Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("cannot start the event loop", error))?;
+    let done = events.block_on(dispatch(command));
+    // Output that nobody reads any more is not waited for.
+    events.shutdown_background();
+    done
+}
+
 async fn dispatch(command: Command) -> Result<ExitCode, Error> {
     match command {
+        Command::Run(args) => run::run(&args).await,
+        Command::Create(args) => run::create(&args).await,
+        Command::Start(args) => lifecycle::start(&args).await,
+        Command::Stop(args) => lifecycle::stop(&args).await,
+        Command::Restart(args) => lifecycle::restart(&args).await,
+        Command::Rm(args) => lifecycle::rm(&args).await,
+        Command::Exec(args) => exec::exec(&args).await,
+        Command::Ls(args) => list::ls(&args),
+        Command::Ps(args) => list::ps(&args),
+        Command::Inspect(args) => list::inspect(&args),
+        Command::Logs(args) => logs::logs(&args).await,
+        Command::Image(command) => image::image(&command),
         Command::Volume(command) => volume::volume(command).await,
         Command::Plan(flags) => machine::plan(&flags),
         Command::Doctor(format) => machine::doctor(format),
@@ -38,6 +69,11 @@ async fn dispatch(command: Command) -> Result<ExitCode, Error> {
             format!("not there yet: {other:?}"),
         )),
     }
+}
+
+/// A command's exit code as this program's own.
+pub(crate) fn exit_code(code: i32) -> ExitCode {
+    u8::try_from(code & 0xff).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 /// The folder that relative host paths are taken from.

@@ -1,0 +1,68 @@
+//! `msb exec`: a command in a sandbox; one that does not run is started first.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use microsandbox::rundir::Home;
+use microsandbox::spec::SandboxName;
+use microsandbox::{Error, ErrorKind, Launch, Sandbox};
+
+use crate::args::Exec;
+use crate::attach::{self, Joined};
+use crate::progress::Progress;
+
+/// Exit code of a command that took too long, as timeout(1) gives it.
+const TIMED_OUT: i32 = 124;
+
+/// `msb exec`.
+pub(super) async fn exec(args: &Exec) -> Result<ExitCode, Error> {
+    let home = Home::from_env()?;
+    let name = SandboxName::try_from(args.name.clone())?;
+    let sandbox = match Sandbox::connect(&home, &name).await {
+        Err(error) if error.kind() == ErrorKind::WrongState => {
+            let progress = Progress::new(args.quiet);
+            let tell = |step: &str| progress.step(step);
+            Sandbox::start(
+                &home,
+                &name,
+                Launch {
+                    attached: false,
+                    progress: &tell,
+                },
+            )
+            .await?
+        }
+        connected => connected?,
+    };
+    let terminal = !args.detach && attach::wants_terminal(args.tty, args.no_tty);
+    let mut options = super::run::options(args.command.clone(), terminal)?;
+    let process = args.process.spec()?;
+    for (name, value) in process.env {
+        options = options.env(name, value);
+    }
+    if let Some(folder) = process.workdir {
+        options = options.cwd(folder);
+    }
+    if let Some(user) = process.user {
+        options = options.user(user);
+    }
+    let handle = sandbox.exec_with(options)?;
+    if args.detach {
+        handle.detach();
+        return Ok(ExitCode::SUCCESS);
+    }
+    let control = handle.control();
+    let joined = attach::join(handle, terminal, !args.no_stdin);
+    let joined = match args.timeout {
+        None => joined.await?,
+        Some(seconds) => match tokio::time::timeout(Duration::from_secs(seconds), joined).await {
+            Ok(joined) => joined?,
+            Err(_) => {
+                control.signal(libc::SIGKILL);
+                Joined::Ended(TIMED_OUT)
+            }
+        },
+    };
+    let (Joined::Ended(code) | Joined::Interrupted(code)) = joined;
+    Ok(super::exit_code(code))
+}

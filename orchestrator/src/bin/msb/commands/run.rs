@@ -1,0 +1,97 @@
+//! `msb run` and `msb create`: a new sandbox, in the foreground or left running.
+
+use std::process::ExitCode;
+
+use microsandbox::rundir::Home;
+use microsandbox::spec::SandboxSpec;
+use microsandbox::{Error, ErrorKind, ExecOptions, Launch, Sandbox};
+
+use crate::args::{Create, Run};
+use crate::attach::{self, Joined};
+use crate::output;
+use crate::progress::Progress;
+
+/// `msb create`.
+pub(super) async fn create(args: &Create) -> Result<ExitCode, Error> {
+    let spec = args.sandbox.spec(&super::current_dir()?)?;
+    let sandbox = launch(spec, args.replace, false, args.quiet).await?;
+    if !args.quiet {
+        output::print(&format!("{}\n", sandbox.name()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `msb run`.
+pub(super) async fn run(args: &Run) -> Result<ExitCode, Error> {
+    let mut spec = args.sandbox.spec(&super::current_dir()?)?;
+    spec.ephemeral = args.sandbox.name.is_none() && !args.detach;
+    let sandbox = launch(spec, args.replace, !args.detach, args.quiet).await?;
+    let argv = sandbox.main_command(&args.command);
+    let terminal = !args.detach && attach::wants_terminal(args.tty, args.no_tty);
+    let options = options(argv, terminal)?;
+    if args.detach {
+        if !args.command.is_empty() {
+            sandbox.exec_with(options)?.detach();
+        }
+        if !args.quiet {
+            output::print(&format!("{}\n", sandbox.name()))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let joined = attach::join(sandbox.exec_with(options)?, terminal, true).await;
+    // Whatever became of the command, nothing of the sandbox is to be left running.
+    match joined {
+        Ok(Joined::Ended(code)) => {
+            sandbox.stop().await?;
+            Ok(super::exit_code(code))
+        }
+        Ok(Joined::Interrupted(code)) => {
+            sandbox.stop().await?;
+            Ok(super::exit_code(code))
+        }
+        Err(error) => {
+            let _ = sandbox.stop().await;
+            Err(error)
+        }
+    }
+}
+
+/// A command as it was typed, on a terminal of this program's size.
+pub(super) fn options(argv: Vec<String>, terminal: bool) -> Result<ExecOptions, Error> {
+    let mut argv = argv.into_iter();
+    let program = argv
+        .next()
+        .ok_or_else(|| Error::new(ErrorKind::InvalidConfig, "no command is given"))?;
+    let mut options = ExecOptions::new(program).args(argv);
+    if terminal {
+        let (rows, cols) = attach::terminal_size();
+        options = options.terminal(rows, cols);
+        if let Ok(kind) = std::env::var("TERM") {
+            options = options.env("TERM", kind);
+        }
+    }
+    Ok(options)
+}
+
+async fn launch(
+    spec: SandboxSpec,
+    replace: bool,
+    attached: bool,
+    quiet: bool,
+) -> Result<Sandbox, Error> {
+    let home = Home::from_env()?;
+    if replace && home.sandbox(&spec.name).spec_path().exists() {
+        super::lifecycle::remove(&home, spec.name.as_str(), true).await?;
+    }
+    let progress = Progress::new(quiet);
+    let tell = |step: &str| progress.step(step);
+    Sandbox::launch(
+        &home,
+        spec,
+        Launch {
+            attached,
+            progress: &tell,
+        },
+    )
+    .await
+}

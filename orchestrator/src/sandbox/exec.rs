@@ -1,0 +1,411 @@
+//! Commands in a running sandbox: what is asked, what they print, how they end.
+
+use std::sync::Arc;
+
+use msb_protocol::{Channel, Exec, ExitStatus, Frame, FromAgent, Kind, ToAgent, WindowSize};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::client::Client;
+use crate::supervisor::control::ToSupervisor;
+use crate::{Error, ErrorKind, MicrosandboxResult};
+
+/// Output that a command may be ahead of its reader, in bytes.
+const OUTPUT_WINDOW: u64 = 1 << 20;
+
+/// Largest piece of standard input that is sent at once.
+const STDIN_PIECE: usize = 32 << 10;
+
+/// A command to run in a sandbox.
+///
+/// ```
+/// use microsandbox::ExecOptions;
+///
+/// let options = ExecOptions::new("make").args(["-j2", "test"]).env("V", "1").cwd("/app");
+/// assert_eq!(options.argv(), ["make", "-j2", "test"]);
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecOptions {
+    argv: Vec<String>,
+    env: Vec<(String, String)>,
+    cwd: Option<String>,
+    user: Option<String>,
+    terminal: Option<(u16, u16)>,
+}
+
+impl ExecOptions {
+    /// A command that runs `program` without arguments.
+    pub fn new(program: impl Into<String>) -> Self {
+        Self {
+            argv: vec![program.into()],
+            env: Vec::new(),
+            cwd: None,
+            user: None,
+            terminal: None,
+        }
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args(mut self, args: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.argv.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Sets a variable of its environment, on top of the image's and the sandbox's.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// Sets its working directory.
+    #[must_use]
+    pub fn cwd(mut self, path: impl Into<String>) -> Self {
+        self.cwd = Some(path.into());
+        self
+    }
+
+    /// Sets its user, as `name`, `uid`, `name:group` or `uid:gid`.
+    #[must_use]
+    pub fn user(mut self, user: impl Into<String>) -> Self {
+        self.user = Some(user.into());
+        self
+    }
+
+    /// Runs it on a terminal of this size; standard error joins standard output then.
+    #[must_use]
+    pub fn terminal(mut self, rows: u16, cols: u16) -> Self {
+        self.terminal = Some((rows, cols));
+        self
+    }
+
+    /// Program and arguments.
+    pub fn argv(&self) -> &[String] {
+        &self.argv
+    }
+
+    /// The message to the agent; what is not said here comes from `defaults`.
+    pub(super) fn into_message(self, defaults: &Defaults) -> Exec {
+        let mut env = defaults.env.clone();
+        for (name, value) in self.env {
+            set(&mut env, name, value);
+        }
+        Exec {
+            argv: self.argv,
+            env,
+            cwd: self.cwd.or_else(|| defaults.workdir.clone()),
+            user: self.user.or_else(|| defaults.user.clone()),
+            terminal: self.terminal.map(|(rows, cols)| WindowSize { rows, cols }),
+        }
+    }
+}
+
+/// What commands of a sandbox get unless they say otherwise.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Defaults {
+    pub(super) env: Vec<(String, String)>,
+    pub(super) workdir: Option<String>,
+    pub(super) user: Option<String>,
+}
+
+/// Sets a variable in place of one with the same name.
+pub(super) fn set(env: &mut Vec<(String, String)>, name: String, value: String) {
+    match env.iter_mut().find(|(known, _)| *known == name) {
+        Some((_, old)) => *old = value,
+        None => env.push((name, value)),
+    }
+}
+
+/// Something that a running command did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExecEvent {
+    /// It runs, with this process id in the guest.
+    Started {
+        /// The process id.
+        pid: i32,
+    },
+    /// It wrote to its standard output.
+    Stdout(Vec<u8>),
+    /// It wrote to its standard error.
+    Stderr(Vec<u8>),
+    /// It could not be started.
+    NotStarted {
+        /// The guest's reason; ENOENT when there is no such program.
+        errno: i32,
+        /// The same in words.
+        message: String,
+    },
+    /// It ended and everything it wrote has been delivered.
+    Exited {
+        /// Its exit code, or 128 plus the number of the signal that killed it.
+        code: i32,
+    },
+}
+
+/// What a command left when it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecOutput {
+    code: i32,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+impl ExecOutput {
+    /// Its exit code, or 128 plus the number of the signal that killed it.
+    pub fn code(&self) -> i32 {
+        self.code
+    }
+
+    /// Whether it ended with code 0.
+    pub fn success(&self) -> bool {
+        self.code == 0
+    }
+
+    /// What it wrote to its standard output, with what is no UTF-8 replaced.
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// What it wrote to its standard error, with what is no UTF-8 replaced.
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+
+    /// What it wrote to its standard output, byte for byte.
+    pub fn stdout_bytes(&self) -> &[u8] {
+        &self.stdout
+    }
+
+    /// What it wrote to its standard error, byte for byte.
+    pub fn stderr_bytes(&self) -> &[u8] {
+        &self.stderr
+    }
+}
+
+/// A command that runs. When it is dropped before it has ended, the command is hung up on.
+#[derive(Debug)]
+pub struct ExecHandle {
+    client: Arc<Client>,
+    channel: Channel,
+    frames: mpsc::UnboundedReceiver<Frame>,
+    stdin: Option<ExecStdin>,
+    done: bool,
+}
+
+/// The standard input of a command that runs.
+#[derive(Debug)]
+pub struct ExecStdin {
+    client: Arc<Client>,
+    channel: Channel,
+    window: Arc<Semaphore>,
+}
+
+/// Sends signals and sizes to a command that runs.
+#[derive(Debug, Clone)]
+pub struct ExecControl {
+    client: Arc<Client>,
+    channel: Channel,
+}
+
+impl ExecHandle {
+    pub(super) fn start(client: &Arc<Client>, exec: &Exec) -> MicrosandboxResult<Self> {
+        let end = client.open()?;
+        client
+            .sender()
+            .message(end.number, &ToAgent::Exec(exec.clone()));
+        client.sender().message(
+            end.number,
+            &ToAgent::OutputCredit {
+                bytes: OUTPUT_WINDOW,
+            },
+        );
+        let stdin = ExecStdin {
+            client: Arc::clone(client),
+            channel: end.number,
+            window: end.window,
+        };
+        Ok(Self {
+            client: Arc::clone(client),
+            channel: end.number,
+            frames: end.frames,
+            stdin: Some(stdin),
+            done: false,
+        })
+    }
+
+    /// Its standard input; only the first call gives it. While it is not closed, the command waits
+    /// for more.
+    pub fn take_stdin(&mut self) -> Option<ExecStdin> {
+        self.stdin.take()
+    }
+
+    /// What sends signals and sizes to it.
+    pub fn control(&self) -> ExecControl {
+        ExecControl {
+            client: Arc::clone(&self.client),
+            channel: self.channel,
+        }
+    }
+
+    /// What it does next; nothing after its end.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::WrongState`] when the sandbox ends before the command does.
+    pub async fn next(&mut self) -> MicrosandboxResult<Option<ExecEvent>> {
+        while !self.done {
+            let Some(frame) = self.frames.recv().await else {
+                self.done = true;
+                return Err(self.lost().await);
+            };
+            if let Some(event) = self.event(frame)? {
+                return Ok(Some(event));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits for its end and collects what it wrote. Its standard input is closed first, unless it
+    /// was taken.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Exec`] when it could not be started, and as [`ExecHandle::next`].
+    pub async fn output(mut self) -> MicrosandboxResult<ExecOutput> {
+        drop(self.stdin.take());
+        let mut output = ExecOutput {
+            code: 0,
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+        };
+        while let Some(event) = self.next().await? {
+            match event {
+                ExecEvent::Started { .. } => {}
+                ExecEvent::Stdout(bytes) => output.stdout.extend(bytes),
+                ExecEvent::Stderr(bytes) => output.stderr.extend(bytes),
+                ExecEvent::Exited { code } => output.code = code,
+                ExecEvent::NotStarted { message, .. } => {
+                    return Err(Error::new(ErrorKind::Exec, message));
+                }
+            }
+        }
+        Ok(output)
+    }
+
+    /// Leaves it running without anybody who waits for it; its output goes to the sandbox's log.
+    pub fn detach(mut self) {
+        self.client.tell(&ToSupervisor::Detach {
+            channel: self.channel,
+        });
+        self.done = true;
+    }
+
+    fn event(&mut self, frame: Frame) -> MicrosandboxResult<Option<ExecEvent>> {
+        let credit = |bytes: usize| {
+            let bytes = bytes as u64;
+            self.client
+                .sender()
+                .message(self.channel, &ToAgent::OutputCredit { bytes });
+        };
+        Ok(match frame.kind {
+            Kind::Stdin => None,
+            Kind::Stdout => {
+                credit(frame.payload.len());
+                Some(ExecEvent::Stdout(frame.payload))
+            }
+            Kind::Stderr => {
+                credit(frame.payload.len());
+                Some(ExecEvent::Stderr(frame.payload))
+            }
+            Kind::Control => {
+                let message = frame.message().map_err(|error| {
+                    Error::new(ErrorKind::Exec, "the agent broke the protocol").with_source(error)
+                })?;
+                self.message(message)
+            }
+        })
+    }
+
+    fn message(&mut self, message: FromAgent) -> Option<ExecEvent> {
+        let event = match message {
+            FromAgent::Started { pid } => return Some(ExecEvent::Started { pid }),
+            FromAgent::ExecFailed { errno, message } => ExecEvent::NotStarted { errno, message },
+            FromAgent::Exited(ExitStatus::Code(code)) => ExecEvent::Exited { code },
+            FromAgent::Exited(ExitStatus::Signal(signal)) => ExecEvent::Exited {
+                code: 128_i32.saturating_add(signal),
+            },
+            _ => return None,
+        };
+        self.done = true;
+        self.client.close(self.channel);
+        Some(event)
+    }
+
+    /// Why the sandbox ended.
+    async fn lost(&self) -> Error {
+        super::why_ended(&self.client).await.unwrap_or_else(|| {
+            Error::new(
+                ErrorKind::WrongState,
+                "the sandbox ended before the command did",
+            )
+        })
+    }
+}
+
+impl Drop for ExecHandle {
+    fn drop(&mut self) {
+        if !self.done {
+            self.control().signal(libc::SIGHUP);
+            self.client.close(self.channel);
+        }
+    }
+}
+
+impl ExecStdin {
+    /// Writes all of `bytes`; waits while the command does not read.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::WrongState`] when the sandbox has ended.
+    pub async fn write(&mut self, bytes: &[u8]) -> MicrosandboxResult<()> {
+        for piece in bytes.chunks(STDIN_PIECE) {
+            let permits = u32::try_from(piece.len()).unwrap_or(u32::MAX);
+            let gone = |_| Error::new(ErrorKind::WrongState, "the sandbox has ended");
+            self.window
+                .acquire_many(permits)
+                .await
+                .map_err(gone)?
+                .forget();
+            if let Ok(frame) = Frame::data(self.channel, Kind::Stdin, piece.to_vec()) {
+                self.client.sender().send(frame);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The command reads the end of its input.
+impl Drop for ExecStdin {
+    fn drop(&mut self) {
+        if let Ok(end) = Frame::data(self.channel, Kind::Stdin, Vec::new()) {
+            self.client.sender().send(end);
+        }
+    }
+}
+
+impl ExecControl {
+    /// Sends a signal to the command's process group.
+    pub fn signal(&self, signal: i32) {
+        self.client
+            .sender()
+            .message(self.channel, &ToAgent::Signal { signal });
+    }
+
+    /// Tells the command's terminal its size.
+    pub fn resize(&self, rows: u16, cols: u16) {
+        self.client
+            .sender()
+            .message(self.channel, &ToAgent::Resize(WindowSize { rows, cols }));
+    }
+}

@@ -1,0 +1,354 @@
+//! A sandbox as the SDK sees it: created, started, used, stopped, removed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::host::HostFacts;
+use crate::image::{ImageConfig, ImageStore};
+use crate::plan::Plan;
+use crate::rundir::{Home, SandboxDir, SandboxState};
+use crate::spec::{ImageSource, SandboxName, SandboxSpec};
+use crate::supervisor::control::{FromSupervisor, SOCKET, ToSupervisor};
+use crate::{Error, ErrorKind, MicrosandboxResult, supervisor};
+
+mod client;
+mod exec;
+
+use client::Client;
+use exec::Defaults;
+pub use exec::{ExecControl, ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExecStdin};
+
+/// What a shell's users find programs in when the image does not say.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// How long commands have after SIGTERM when nothing else is said.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// How long a stop may take when nothing else is said.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// A running sandbox.
+///
+/// It goes on running when the value is dropped, unless it was made to end with its caller.
+#[derive(Debug)]
+pub struct Sandbox {
+    dir: SandboxDir,
+    spec: SandboxSpec,
+    image: ImageConfig,
+    client: Arc<Client>,
+    boot_ms: Option<u64>,
+}
+
+/// How a sandbox is started.
+#[derive(Clone, Copy)]
+pub struct Launch<'a> {
+    /// It ends when this process does.
+    pub attached: bool,
+    /// Called with each step of the start.
+    pub progress: &'a (dyn Fn(&str) + Sync),
+}
+
+impl Launch<'_> {
+    /// A sandbox that outlives its caller, started without a word.
+    pub fn detached() -> Self {
+        Launch {
+            attached: false,
+            progress: &|_| {},
+        }
+    }
+}
+
+impl Sandbox {
+    /// Makes a sandbox and starts it. When it does not start, nothing of it is left.
+    ///
+    /// # Errors
+    ///
+    /// Everything that can be known without starting anything comes before anything is made; after
+    /// that, [`ErrorKind::Boot`] says what did not start and why.
+    pub async fn launch(
+        home: &Home,
+        spec: SandboxSpec,
+        launch: Launch<'_>,
+    ) -> MicrosandboxResult<Self> {
+        home.sweep();
+        let plan = decide(home, &spec)?;
+        let dir = home.create_sandbox(&spec)?;
+        let started = start(home, dir.clone(), spec, plan, launch).await;
+        if started.is_err() {
+            // The supervisor has removed what it had to; a removed folder is no error here.
+            let _ = dir.remove();
+        }
+        started
+    }
+
+    /// Starts a sandbox that does not run.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::SandboxNotFound`], [`ErrorKind::WrongState`] when it runs, and as
+    /// [`Sandbox::launch`]; the sandbox stays as it was.
+    pub async fn start(
+        home: &Home,
+        name: &SandboxName,
+        launch: Launch<'_>,
+    ) -> MicrosandboxResult<Self> {
+        home.sweep();
+        let dir = home.find_sandbox(name)?;
+        if dir.is_running() {
+            return Err(Error::new(
+                ErrorKind::WrongState,
+                format!("sandbox `{name}` is running already"),
+            )
+            .with_value(name.as_str()));
+        }
+        let spec = dir.spec()?;
+        let plan = decide(home, &spec)?;
+        start(home, dir, spec, plan, launch).await
+    }
+
+    /// Connects to a sandbox that runs.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::SandboxNotFound`], or [`ErrorKind::WrongState`] when it does not run.
+    pub async fn connect(home: &Home, name: &SandboxName) -> MicrosandboxResult<Self> {
+        let dir = home.find_sandbox(name)?;
+        let not_running = || {
+            Error::new(
+                ErrorKind::WrongState,
+                format!("sandbox `{name}` is not running"),
+            )
+            .with_value(name.as_str())
+            .with_hint(format!("start it with `msb start {name}`"))
+        };
+        if !dir.is_running() {
+            return Err(not_running());
+        }
+        let socket = home.socket_dir(name).socket(SOCKET)?;
+        let client = Client::connect(&socket).await.map_err(|_| not_running())?;
+        let spec = dir.spec()?;
+        let boot_ms = dir.state()?.boot_ms;
+        Ok(Self {
+            image: image_config(home, &spec),
+            dir,
+            spec,
+            client,
+            boot_ms,
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.dir.name().as_str()
+    }
+
+    /// The request that it was made from.
+    pub fn spec(&self) -> &SandboxSpec {
+        &self.spec
+    }
+
+    /// Its folder, with its logs.
+    pub fn dir(&self) -> &SandboxDir {
+        &self.dir
+    }
+
+    /// What it is doing.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] when its folder cannot be read.
+    pub fn state(&self) -> MicrosandboxResult<SandboxState> {
+        self.dir.state()
+    }
+
+    /// Milliseconds that its start took.
+    pub fn boot_ms(&self) -> Option<u64> {
+        self.boot_ms
+    }
+
+    /// Program and arguments that run when a user gives `command`, which may be empty: the
+    /// entrypoint comes first, the image's own arguments stand in for none.
+    pub fn main_command(&self, command: &[String]) -> Vec<String> {
+        let entrypoint = self.spec.process.entrypoint.as_ref();
+        let mut argv = entrypoint.unwrap_or(&self.image.entrypoint).clone();
+        match (command, entrypoint) {
+            ([], None) => argv.extend_from_slice(&self.image.cmd),
+            (given, _) => argv.extend_from_slice(given),
+        }
+        if argv.is_empty() {
+            argv.push("/bin/sh".to_owned());
+        }
+        argv
+    }
+
+    /// Runs a command and waits for its end. It reads nothing from its standard input.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Exec`] when it could not be started.
+    pub async fn exec(
+        &self,
+        program: impl Into<String>,
+        args: impl IntoIterator<Item = impl Into<String>>,
+    ) -> MicrosandboxResult<ExecOutput> {
+        self.exec_with(ExecOptions::new(program).args(args))?
+            .output()
+            .await
+    }
+
+    /// Runs a line of the guest's shell and waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sandbox::exec`].
+    pub async fn shell(&self, line: impl Into<String>) -> MicrosandboxResult<ExecOutput> {
+        self.exec("/bin/sh", ["-c".to_owned(), line.into()]).await
+    }
+
+    /// Starts a command and gives a handle to it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::WrongState`] when the sandbox has ended.
+    pub fn exec_with(&self, options: ExecOptions) -> MicrosandboxResult<ExecHandle> {
+        let exec = options.into_message(&self.defaults());
+        ExecHandle::start(&self.client, &exec)
+    }
+
+    /// Ends it: commands are asked to end, file systems are synced and unmounted.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Boot`] when something broke meanwhile.
+    pub async fn stop(&self) -> MicrosandboxResult<()> {
+        self.stop_within(STOP_LIMIT).await
+    }
+
+    /// Ends it, by force when that takes longer than `limit`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sandbox::stop`].
+    pub async fn stop_within(&self, limit: Duration) -> MicrosandboxResult<()> {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        self.client.tell(&ToSupervisor::Stop {
+            grace_ms: millis(GRACE.min(limit)),
+            limit_ms: millis(limit),
+        });
+        self.wait().await
+    }
+
+    /// Ends it at once; what the guest has not written yet is lost.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sandbox::stop`].
+    pub async fn kill(&self) -> MicrosandboxResult<()> {
+        self.client.tell(&ToSupervisor::Kill);
+        self.wait().await
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Boot`] when it broke down rather than being stopped.
+    pub async fn wait(&self) -> MicrosandboxResult<()> {
+        why_ended(&self.client).await.map_or(Ok(()), Err)
+    }
+
+    fn defaults(&self) -> Defaults {
+        let mut env = vec![("PATH".to_owned(), PATH.to_owned())];
+        for (name, value) in self.image.env.iter().chain(&self.spec.process.env) {
+            exec::set(&mut env, name.clone(), value.clone());
+        }
+        let process = &self.spec.process;
+        Defaults {
+            env,
+            workdir: process
+                .workdir
+                .clone()
+                .or_else(|| self.image.workdir.clone()),
+            user: process.user.clone().or_else(|| self.image.user.clone()),
+        }
+    }
+}
+
+/// Waits for the supervisor's end; an error when it told of one, or said nothing at all.
+async fn why_ended(client: &Client) -> Option<Error> {
+    while let Some(message) = client.told().await {
+        match message {
+            FromSupervisor::Failed { failure } => {
+                client.closed().await;
+                return Some(failure.into_error());
+            }
+            FromSupervisor::Stopped => {
+                client.closed().await;
+                return None;
+            }
+            FromSupervisor::Progress { .. } | FromSupervisor::Ready { .. } => {}
+        }
+    }
+    Some(Error::new(
+        ErrorKind::Boot,
+        "the sandbox's supervisor was killed",
+    ))
+}
+
+/// Decides what is done for `spec`, touching nothing.
+fn decide(home: &Home, spec: &SandboxSpec) -> MicrosandboxResult<Plan> {
+    let facts = HostFacts::read(spec, home)?;
+    Plan::decide(spec, &facts)
+}
+
+async fn start(
+    home: &Home,
+    dir: SandboxDir,
+    spec: SandboxSpec,
+    plan: Plan,
+    launch: Launch<'_>,
+) -> MicrosandboxResult<Sandbox> {
+    let lost = |error| Error::io("the connection to the supervisor failed", error);
+    let client = Client::adopt(supervisor::spawn(&dir)?).map_err(lost)?;
+    client.tell(&ToSupervisor::Start {
+        plan: Box::new(plan),
+        attached: launch.attached,
+    });
+    loop {
+        match client.told().await {
+            Some(FromSupervisor::Progress { step }) => (launch.progress)(&step),
+            Some(FromSupervisor::Ready { boot_ms }) => {
+                let image = image_config(home, &spec);
+                return Ok(Sandbox {
+                    dir,
+                    spec,
+                    image,
+                    client,
+                    boot_ms: Some(boot_ms),
+                });
+            }
+            Some(FromSupervisor::Failed { failure }) => {
+                client.closed().await;
+                return Err(failure.into_error());
+            }
+            Some(FromSupervisor::Stopped) | None => {
+                let log = dir.supervisor_log();
+                return Err(
+                    Error::new(ErrorKind::Boot, "the supervisor ended without a word")
+                        .with_hint(format!("its log is `{}`", log.display())),
+                );
+            }
+        }
+    }
+}
+
+/// What the image says about commands; nothing when it is not one of the store.
+fn image_config(home: &Home, spec: &SandboxSpec) -> ImageConfig {
+    match &spec.image {
+        ImageSource::Stored { reference } => ImageStore::of(home)
+            .find(reference)
+            .map(|image| image.record.config)
+            .unwrap_or_default(),
+        ImageSource::Directory { .. } | ImageSource::Disk { .. } => ImageConfig::default(),
+    }
+}

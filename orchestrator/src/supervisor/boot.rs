@@ -1,0 +1,358 @@
+//! Starts the parts of a sandbox one after the other, up to an agent that is ready.
+
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use msb_protocol::{Frame, FromAgent, PROTOCOL_VERSION, ToAgent};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::child::Child;
+use super::control::{FromSupervisor, SOCKET};
+use super::{Owner, Sandbox};
+use crate::agent::{self, FrameReader, FrameSender};
+use crate::backend::{self, Jail};
+use crate::host::Programs;
+use crate::image::Image;
+use crate::plan::DevicePlan;
+use crate::spec::{Accel, VmmKind};
+use crate::vmm::{self, Machine};
+use crate::volume::{self, Prepared};
+use crate::{Error, ErrorKind, MicrosandboxResult};
+
+/// How long a guest may take to reach its agent.
+const KVM_LIMIT: Duration = Duration::from_secs(30);
+const TCG_LIMIT: Duration = Duration::from_secs(180);
+
+/// How long backends may take to say why they ended, after the VMM has lost them.
+const CAUSE_LIMIT: Duration = Duration::from_millis(500);
+
+/// Lines of the console that are shown when a guest does not come up.
+const CONSOLE_LINES: usize = 8;
+
+/// Everything that was started, for whoever takes it down.
+#[derive(Default)]
+pub(super) struct Parts {
+    /// In the order of the plan.
+    pub(super) backends: Vec<Child>,
+    pub(super) vmm: Option<Child>,
+    /// The VMM has connected to its backends, so that they end when it does.
+    pub(super) connected: bool,
+    pub(super) control: Option<UnixListener>,
+    /// Numbers of children that have ended: those of backends, then the VMM's.
+    pub(super) ends: Option<mpsc::UnboundedReceiver<usize>>,
+    /// Named volumes that were made for this start.
+    pub(super) volumes: Option<Prepared>,
+    image: Option<std::fs::File>,
+}
+
+impl Parts {
+    /// Why the sandbox cannot go on, if a child has ended that should not have.
+    pub(super) fn broken(&self) -> Option<Error> {
+        let dead = self.backends.iter().find(|backend| backend.failed());
+        let dead = dead.or_else(|| self.backends.iter().find(|b| b.status().is_some()));
+        if let Some(backend) = dead {
+            return Some(Error::new(
+                ErrorKind::Boot,
+                format!(
+                    "the backend of {} ended: {}",
+                    backend.purpose,
+                    backend.last_words()
+                ),
+            ));
+        }
+        let vmm = self.vmm.as_ref().filter(|vmm| vmm.status().is_some())?;
+        Some(Error::new(
+            ErrorKind::Boot,
+            format!("{} ended: {}", vmm.purpose, vmm.last_words()),
+        ))
+    }
+}
+
+/// The connection to the agent.
+pub(super) struct Link {
+    pub(super) reader: FrameReader,
+    pub(super) sender: FrameSender,
+}
+
+/// Starts everything. What was started before an error stays in `parts`.
+pub(super) async fn boot(
+    sandbox: &mut Sandbox,
+    parts: &mut Parts,
+    owner: &mut Owner,
+) -> MicrosandboxResult<Link> {
+    let cannot = |error| Error::io("cannot listen to signals", error);
+    let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
+    let interrupted = || Error::new(ErrorKind::Boot, "the start was interrupted");
+    let Owner { reader, sender, .. } = owner;
+    tokio::select! {
+        link = start(sandbox, parts, sender) => link,
+        _ = terminate.recv() => Err(interrupted()),
+        _ = interrupt.recv() => Err(interrupted()),
+        // The caller says nothing while it waits; if it goes, nobody wants the sandbox.
+        _ = reader.next() => Err(interrupted()),
+    }
+}
+
+async fn start(
+    sandbox: &mut Sandbox,
+    parts: &mut Parts,
+    owner: &FrameSender,
+) -> MicrosandboxResult<Link> {
+    let tell = |step: &str| {
+        owner.message(
+            0,
+            &FromSupervisor::Progress {
+                step: step.to_owned(),
+            },
+        )
+    };
+    let programs = Programs::find();
+    lock_image(sandbox, parts)?;
+    if !sandbox.plan.volumes.is_empty() || sandbox.plan.disks.iter().any(|d| !d.path.exists()) {
+        tell("making disks");
+    }
+    parts.volumes = Some(volume::prepare(&sandbox.home, &sandbox.plan.volumes)?);
+    for disk in sandbox.plan.disks.iter().filter(|disk| !disk.path.exists()) {
+        volume::make_ext4(&disk.path, disk.size_bytes, &disk.label)?;
+    }
+    sandbox.sockets.create()?;
+    let control = listen(&sandbox.sockets.socket(SOCKET)?)?;
+    parts.control = Some(tokio_listener(control)?);
+    let (send_end, ends) = mpsc::unbounded_channel();
+    parts.ends = Some(ends);
+
+    tell("starting backends");
+    let jail = Jail::from_env()?;
+    let mut devices = Vec::new();
+    for (number, plan) in sandbox.plan.backends.iter().enumerate() {
+        let socket = sandbox.sockets.socket(&format!("d{number}"))?;
+        let command = backend::command(plan, &programs, jail, listen(&socket)?)?;
+        let child = Child::start(
+            purpose(&plan.purpose),
+            command,
+            &sandbox.log,
+            number,
+            send_end.clone(),
+        )?;
+        parts.backends.push(child);
+        devices.push((plan, socket));
+    }
+
+    tell("booting");
+    let agent = sandbox.sockets.socket("agent")?;
+    let listener = tokio_listener(listen(&agent)?)?;
+    let initramfs = initramfs(sandbox, &programs)?;
+    let machine = Machine {
+        name: sandbox.dir.name().as_str(),
+        vm: &sandbox.plan.vm,
+        initramfs: initramfs.as_deref(),
+        devices,
+        agent,
+        console: sandbox.dir.console_log(),
+    };
+    let _ = std::fs::remove_file(&machine.console);
+    let command = vmm::command(&machine, &programs)?;
+    let number = parts.backends.len();
+    parts.vmm = Some(Child::start(
+        "the VMM".to_owned(),
+        command,
+        &sandbox.log,
+        number,
+        send_end,
+    )?);
+    let limit = if sandbox.plan.vm.accel == Accel::Kvm {
+        KVM_LIMIT
+    } else {
+        TCG_LIMIT
+    };
+    let reached = tokio::time::timeout(limit, reach_agent(sandbox, parts, &listener)).await;
+    let link = reached.unwrap_or_else(|_| {
+        Err(Error::new(
+            ErrorKind::Boot,
+            format!(
+                "the guest did not reach its agent within {} seconds",
+                limit.as_secs()
+            ),
+        ))
+    });
+    link.map_err(|error| with_console(error, &sandbox.dir.console_log()))
+}
+
+/// Keeps the image from being removed while the sandbox runs.
+fn lock_image(sandbox: &Sandbox, parts: &mut Parts) -> MicrosandboxResult<()> {
+    for plan in &sandbox.plan.backends {
+        let DevicePlan::Fs(share) = &plan.device else {
+            continue;
+        };
+        let crate::plan::ShareSource::Directory(path) = &share.source else {
+            continue;
+        };
+        let Some(folder) = Image::folder_of_rootfs(path) else {
+            continue;
+        };
+        let lock = Image::lock_for_use(folder)
+            .map_err(|error| Error::io(format!("cannot lock `{}`", folder.display()), error))?;
+        parts.image = Some(lock);
+    }
+    Ok(())
+}
+
+/// Waits for the agent and sets the guest up.
+async fn reach_agent(
+    sandbox: &Sandbox,
+    parts: &mut Parts,
+    listener: &UnixListener,
+) -> MicrosandboxResult<Link> {
+    let lost = |error| Error::io("the connection to the agent failed", error);
+    let stream = tokio::select! {
+        accepted = listener.accept() => accepted.map_err(lost)?.0,
+        error = death(parts) => return Err(error),
+    };
+    // The VMM opens its devices' sockets before the guest's first instruction.
+    let (reader, sender, _) = agent::split(stream);
+    let mut link = Link { reader, sender };
+    loop {
+        let frame = tokio::select! {
+            frame = link.reader.next() => frame,
+            error = death(parts) => return Err(error),
+        };
+        let frame = match frame {
+            Ok(Some(frame)) => frame,
+            // The VMM has gone, or is about to: its end tells more.
+            Ok(None) => return Err(death(parts).await),
+            Err(error) => {
+                return Err(Error::new(ErrorKind::Boot, "the agent's end broke").with_source(error));
+            }
+        };
+        parts.connected = true;
+        if hear(sandbox, &mut link, &frame)? {
+            return Ok(link);
+        }
+    }
+}
+
+/// Answers the agent; true when the guest is ready.
+fn hear(sandbox: &Sandbox, link: &mut Link, frame: &Frame) -> MicrosandboxResult<bool> {
+    let message = frame.message::<FromAgent>().map_err(|error| {
+        Error::new(ErrorKind::Boot, "the agent sent no message of the protocol").with_source(error)
+    })?;
+    match message {
+        FromAgent::Hello { version, .. } if version != PROTOCOL_VERSION => Err(Error::new(
+            ErrorKind::Boot,
+            format!("the agent speaks version {version} of the protocol, not {PROTOCOL_VERSION}"),
+        )
+        .with_hint("msb and msb-agent must come from the same release")),
+        FromAgent::Hello { .. } => {
+            let now = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
+            let mut plan = sandbox.plan.guest.clone();
+            plan.time_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+            link.sender.message(0, &ToAgent::Boot(Box::new(plan)));
+            Ok(false)
+        }
+        FromAgent::Ready { .. } => Ok(true),
+        FromAgent::Failed {
+            step,
+            errno,
+            message,
+            ..
+        } => {
+            let errno = errno.map_or_else(String::new, |errno| {
+                format!(" ({})", std::io::Error::from_raw_os_error(errno))
+            });
+            Err(Error::new(
+                ErrorKind::Boot,
+                format!("in the guest, {step}: {message}{errno}"),
+            ))
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Waits until a child has ended, and finds out which one was the cause.
+async fn death(parts: &mut Parts) -> Error {
+    // Left in its place, for this future may be dropped before it is done.
+    if let Parts {
+        backends,
+        ends: Some(ends),
+        ..
+    } = parts
+    {
+        ends.recv().await;
+        // A VMM that lost its backend may end first; the backend knows why.
+        let settled =
+            async { while !backends.iter().any(Child::failed) && ends.recv().await.is_some() {} };
+        let _ = tokio::time::timeout(CAUSE_LIMIT, settled).await;
+    }
+    parts
+        .broken()
+        .unwrap_or_else(|| Error::new(ErrorKind::Boot, "the guest went away"))
+}
+
+fn initramfs(sandbox: &Sandbox, programs: &Programs) -> MicrosandboxResult<Option<PathBuf>> {
+    let vm = &sandbox.plan.vm;
+    if vm.vmm == VmmKind::Libkrun {
+        return Ok(None);
+    }
+    let agent = programs.agent.as_ref().ok_or_else(|| {
+        Error::new(
+            ErrorKind::Unsupported,
+            "the program `msb-agent` was not found",
+        )
+        .with_hint("install it beside msb, or set MSB_BIN_DIR to its folder")
+    })?;
+    let home = sandbox
+        .dir
+        .path()
+        .parent()
+        .and_then(Path::parent)
+        .unwrap_or(Path::new("/"));
+    let cache = home.join("cache");
+    crate::rundir::make_dir(&cache).map_err(|error| Error::io("cannot make the cache", error))?;
+    crate::initramfs::build(agent, vm.modules.as_deref(), &vm.module_names, &cache).map(Some)
+}
+
+fn purpose(name: &str) -> String {
+    if name.starts_with('/') {
+        format!("mount {name}")
+    } else {
+        name.to_owned()
+    }
+}
+
+fn listen(path: &Path) -> MicrosandboxResult<StdUnixListener> {
+    StdUnixListener::bind(path)
+        .map_err(|error| Error::io(format!("cannot bind `{}`", path.display()), error))
+}
+
+fn tokio_listener(listener: StdUnixListener) -> MicrosandboxResult<UnixListener> {
+    listener
+        .set_nonblocking(true)
+        .and_then(|()| UnixListener::from_std(listener))
+        .map_err(|error| Error::io("cannot listen on a socket", error))
+}
+
+/// Adds what the guest printed last, which is often the only trace.
+fn with_console(error: Error, console: &Path) -> Error {
+    let text = std::fs::read(console).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let last = lines.len().saturating_sub(CONSOLE_LINES);
+    let last = lines.get(last..).unwrap_or_default();
+    if last.is_empty() {
+        return error;
+    }
+    error.with_hint(format!(
+        "the guest's console ends with:\n{}",
+        last.join("\n")
+    ))
+}
