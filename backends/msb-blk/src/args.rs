@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
+use msb_vhost::jail::SandboxMode;
 use tracing::level_filters::LevelFilter;
 
 use crate::device::DeviceConfig;
@@ -80,9 +81,11 @@ pub struct Args {
     #[arg(long)]
     pub reconnect: bool,
 
-    /// How the process locks itself in before it serves.
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    pub sandbox: String,
+    /// How the process locks itself in before it serves: strict (every layer, or it does not
+    /// start), best-effort (what the host allows), audit (strict, but system calls that are not
+    /// expected are only logged by the kernel) or none.
+    #[arg(long, value_name = "MODE", default_value = "best-effort")]
+    pub sandbox: SandboxMode,
 
     /// error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]

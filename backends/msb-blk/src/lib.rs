@@ -10,6 +10,7 @@ pub mod device;
 pub mod file;
 pub mod image;
 pub mod request;
+pub mod sandbox;
 
 mod commit;
 mod sys;

@@ -8,6 +8,8 @@ use clap::Parser;
 use msb_blk::args::{Args, CAPABILITIES};
 use msb_blk::device::BlkDevice;
 use msb_blk::image::{OpenError, open};
+use msb_blk::sandbox;
+use msb_vhost::jail::{self, JailError};
 use msb_vhost::{Endpoint, Options, ServeError};
 
 /// Why the process ends with something else than success; see `--help` for the exit status.
@@ -17,6 +19,8 @@ enum Failure {
     Open(#[from] OpenError),
     #[error("cannot serve the socket")]
     Serve(#[from] ServeError),
+    #[error("cannot lock the process in")]
+    Jail(#[from] JailError),
     #[error("cannot set the process up")]
     Setup(#[from] std::io::Error),
 }
@@ -26,7 +30,7 @@ impl Failure {
         match self {
             Self::Open(OpenError::Locked { .. }) => 4,
             Self::Open(_) => 3,
-            Self::Setup(_) => 5,
+            Self::Jail(_) | Self::Setup(_) => 5,
             Self::Serve(_) => 6,
         }
     }
@@ -60,7 +64,12 @@ fn run(args: &Args) -> Result<(), Failure> {
         (Some(path), _) => Endpoint::bind(path)?,
         (None, fd) => Endpoint::from_fd(fd.unwrap_or(0))?,
     };
+    let mut report = jail::enter(sandbox::jail(args.sandbox))?;
     let device = Arc::new(BlkDevice::new(Arc::clone(&image), args.device_config())?);
+    report.seal(&sandbox::calls(args.read_only))?;
+    for missing in &report.missing {
+        tracing::warn!("{}", chain(missing));
+    }
     let options = Options {
         name: "msb-blk",
         reconnect: args.reconnect,
