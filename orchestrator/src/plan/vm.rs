@@ -20,8 +20,11 @@ const BASE_MODULES: [&str; 7] = [
     "overlay",
 ];
 
-/// File systems that a disk image may hold when nobody says which.
-const PROBED: [&str; 6] = ["xfs", "btrfs", "vfat", "squashfs", "erofs", "isofs"];
+/// Modules of the file systems that the guest can tell by their marks, for a disk image of which
+/// nobody says what it holds.
+const PROBED: [&str; 9] = [
+    "xfs", "btrfs", "vfat", "exfat", "ntfs3", "f2fs", "squashfs", "erofs", "isofs",
+];
 
 /// Code pages that vfat asks for by itself.
 const VFAT_PAGES: [&str; 3] = ["nls_cp437", "nls_ascii", "nls_iso8859_1"];
@@ -137,6 +140,9 @@ fn modules(disks: &[Option<String>]) -> Vec<String> {
     for fstype in disks {
         match fstype.as_deref() {
             None => names.extend(PROBED),
+            // Where the module has another name than the file system.
+            Some("iso9660") => names.push("isofs"),
+            Some("ext2" | "ext3") => names.push("ext4"),
             Some(named) => names.push(named),
         }
     }
