@@ -64,7 +64,7 @@ pub(crate) fn run() -> Result<(), BootError> {
         source,
     })?;
     let mut modules = Modules::read()?;
-    modules.load("boot")?;
+    modules.load_port()?;
     let mut port = Port::open()?;
     let kernel = rustix::system::uname()
         .release()

@@ -1,7 +1,7 @@
 //! Loads the kernel modules that lie in the initramfs.
 //!
-//! `modules/index` has a line for each set: its name, then the files to load, in order. The set
-//! `boot` is always wanted, the others are named after the file system that needs them.
+//! `modules/index` has a line for each module: its name, then the files to load, in order. What
+//! has no line is built into the kernel, or not to be had at all, which shows soon enough.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -14,6 +14,9 @@ const FOLDER: &str = "modules";
 const INDEX: &str = "modules/index";
 /// `MODULE_INIT_COMPRESSED_FILE` of `finit_module(2)`.
 const COMPRESSED: i32 = 4;
+
+/// What the port to the host may need.
+const PORT: [&str; 3] = ["virtio_pci", "virtio_mmio", "virtio_console"];
 
 /// The modules that can be loaded, and those that have been.
 #[derive(Debug, Default)]
@@ -46,7 +49,23 @@ impl Modules {
         })
     }
 
-    /// Loads the set of that name, if there is one and it is not loaded yet.
+    /// Loads what the port to the host may need.
+    pub(crate) fn load_port(&mut self) -> Result<(), ModuleError> {
+        PORT.iter().try_for_each(|name| self.load(name))
+    }
+
+    /// Loads what a file system needs, also what the kernel would ask a modprobe for.
+    pub(crate) fn load_file_system(&mut self, kind: &str) -> Result<(), ModuleError> {
+        let names: &[&str] = match kind {
+            "vfat" => &["nls_cp437", "nls_ascii", "nls_iso8859_1", "vfat"],
+            "iso9660" => &["isofs"],
+            "btrfs" => &["xxhash_generic", "blake2b_generic", "btrfs"],
+            kind => &[kind],
+        };
+        names.iter().try_for_each(|name| self.load(name))
+    }
+
+    /// Loads a module and what it depends on, if it is there and not loaded yet.
     pub(crate) fn load(&mut self, name: &str) -> Result<(), ModuleError> {
         let Some((_, files)) = self.sets.iter().find(|(set, _)| set == name) else {
             return Ok(());
@@ -84,7 +103,7 @@ mod tests {
 
     #[test]
     fn an_index_is_read_line_by_line() {
-        let sets = parse("boot virtio_blk.ko overlay.ko\n\nxfs libcrc32c.ko.xz xfs.ko.xz\n");
+        let sets = parse("overlay overlay.ko\n\nxfs libcrc32c.ko.xz xfs.ko.xz\n");
         assert_eq!(sets.len(), 2);
         assert_eq!(
             sets[0],

@@ -145,10 +145,11 @@ async fn start(
     tell("booting");
     let agent = sandbox.sockets.socket("agent")?;
     let listener = tokio_listener(listen(&agent)?)?;
-    let initramfs = initramfs(sandbox, &programs)?;
+    let (kernel, initramfs) = boot_files(sandbox, &programs)?;
     let machine = Machine {
         name: sandbox.dir.name().as_str(),
         vm: &sandbox.plan.vm,
+        kernel,
         initramfs: initramfs.as_deref(),
         devices,
         agent,
@@ -294,10 +295,14 @@ async fn death(parts: &mut Parts) -> Error {
         .unwrap_or_else(|| Error::new(ErrorKind::Boot, "the guest went away"))
 }
 
-fn initramfs(sandbox: &Sandbox, programs: &Programs) -> MicrosandboxResult<Option<PathBuf>> {
+/// What the VM boots from: kernel and initramfs, both kept for the next one. libkrun has its own.
+fn boot_files(
+    sandbox: &Sandbox,
+    programs: &Programs,
+) -> MicrosandboxResult<(Option<PathBuf>, Option<PathBuf>)> {
     let vm = &sandbox.plan.vm;
     if vm.vmm == VmmKind::Libkrun {
-        return Ok(None);
+        return Ok((None, None));
     }
     let agent = programs.agent.as_ref().ok_or_else(|| {
         Error::new(
@@ -306,15 +311,14 @@ fn initramfs(sandbox: &Sandbox, programs: &Programs) -> MicrosandboxResult<Optio
         )
         .with_hint("install it beside msb, or set MSB_BIN_DIR to its folder")
     })?;
-    let home = sandbox
-        .dir
-        .path()
-        .parent()
-        .and_then(Path::parent)
-        .unwrap_or(Path::new("/"));
-    let cache = home.join("cache");
+    let home = sandbox.dir.path().parent().and_then(Path::parent);
+    let cache = home.unwrap_or(Path::new("/")).join("cache");
     crate::rundir::make_dir(&cache).map_err(|error| Error::io("cannot make the cache", error))?;
-    crate::initramfs::build(agent, vm.modules.as_deref(), &vm.module_names, &cache).map(Some)
+    let image = vm.kernel.as_deref();
+    let kernel = image.map(|image| crate::vmlinux::unpacked(image, &cache));
+    let modules = vm.modules.as_deref();
+    let initramfs = crate::initramfs::build(agent, modules, &vm.module_names, &cache)?;
+    Ok((kernel.transpose()?, Some(initramfs)))
 }
 
 fn purpose(name: &str) -> String {

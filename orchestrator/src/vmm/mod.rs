@@ -17,6 +17,8 @@ pub(crate) struct Machine<'a> {
     /// Name of the sandbox.
     pub(crate) name: &'a str,
     pub(crate) vm: &'a VmPlan,
+    /// Guest kernel (QEMU, cloud-hypervisor).
+    pub(crate) kernel: Option<PathBuf>,
     /// Agent and kernel modules (QEMU, cloud-hypervisor).
     pub(crate) initramfs: Option<&'a Path>,
     /// The devices, and the socket that each is served on.

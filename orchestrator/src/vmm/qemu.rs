@@ -29,7 +29,7 @@ impl Driver for Qemu {
     }
 
     fn argv(&self, machine: &Machine) -> MicrosandboxResult<Vec<OsString>> {
-        let kernel = machine.vm.kernel.as_deref().ok_or_else(no_kernel)?;
+        let kernel = machine.kernel.as_deref().ok_or_else(no_kernel)?;
         let mut line = CommandLine::default();
         line.option("-name", &[("guest", machine.name.as_ref())]);
         for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {

@@ -227,7 +227,7 @@ impl Guest {
             Some(kind) => kind,
             None => disk::file_system(&name)?,
         };
-        self.modules.load(kind)?;
+        self.modules.load_file_system(kind)?;
         let device = format!("/dev/{name}");
         let options = disk_options(kind, flags.read_only);
         let disk = FileSystem {
