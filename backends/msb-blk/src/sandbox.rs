@@ -45,6 +45,7 @@ const WRITING: &[Call] = &[
     Call::any(libc::SYS_pwritev),
     Call::any(libc::SYS_pwritev2),
     Call::any(libc::SYS_fallocate),
+    Call::any(libc::SYS_ftruncate),
     Call::any(libc::SYS_fdatasync),
     Call::any(libc::SYS_fsync),
 ];
