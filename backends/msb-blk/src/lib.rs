@@ -8,6 +8,7 @@
 pub mod args;
 pub mod device;
 pub mod file;
+pub mod fuzzing;
 pub mod image;
 pub mod request;
 pub mod sandbox;

@@ -15,7 +15,10 @@ pub fn jail(mode: SandboxMode) -> Jail {
     Jail {
         mode,
         root: Root::Empty,
-        identity: Identity::Become { uid: NOBODY, gid: NOBODY },
+        identity: Identity::Become {
+            uid: NOBODY,
+            gid: NOBODY,
+        },
         open_files: OPEN_FILES,
     }
 }
