@@ -18,6 +18,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, Permissions};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
 
 use crate::{Device, Request, Segments};
 
@@ -277,6 +280,11 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
         (0..self.device.limits().queues)
             .map(|queue| 1 << queue)
             .collect()
+    }
+
+    /// Without it the workers would never end, and with them the process.
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::CLOEXEC | EventFlag::NONBLOCK).ok()
     }
 
     fn handle_event(

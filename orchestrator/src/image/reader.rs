@@ -362,7 +362,7 @@ mod tests {
     fn pax_values_may_hold_line_feeds() {
         let mut extensions = Extensions::default();
         extensions
-            .read_pax(b"27 SCHILY.xattr.user.a=\n\0=\n9 path=x\n")
+            .read_pax(b"26 SCHILY.xattr.user.a=\n\0=\n9 path=x\n")
             .unwrap_err();
         let mut extensions = Extensions::default();
         extensions
