@@ -64,6 +64,7 @@ const CALLS: &[Call] = &[
     Call::any(libc::SYS_restart_syscall),
     Call::any(libc::SYS_wait4),
     Call::any(libc::SYS_getpid),
+    Call::any(libc::SYS_getppid),
     Call::any(libc::SYS_gettid),
     Call::any(libc::SYS_exit_group),
 ];
