@@ -1,1 +1,14 @@
-//! Library of the msb-fs backend.
+//! Serves a host directory or file over virtio-fs.
+//!
+//! A request comes in as bytes of guest memory (`device`), is taken apart (`session`, `wire`) and
+//! carried out on the host (`tree`). The guest is hostile: it names nodes and handles by number
+//! and entries by single components, and nothing it sends is used unchecked.
+
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod device;
+pub mod session;
+mod sys;
+pub mod tree;
+pub mod wire;

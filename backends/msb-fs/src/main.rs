@@ -1,2 +1,105 @@
-//! Entry point of the msb-fs backend.
-fn main() {}
+//! Reads the flags, opens what they name, and serves it.
+
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use msb_fs::args::{Args, CAPABILITIES, Config, Socket};
+use msb_fs::device::FsDevice;
+use msb_fs::session::Session;
+use msb_fs::tree::Tree;
+use msb_vhost::{Endpoint, Options};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            error.print().ok();
+            return if error.use_stderr() {
+                ExitCode::from(2)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    if args.print_capabilities {
+        writeln!(std::io::stdout(), "{CAPABILITIES}").ok();
+        return ExitCode::SUCCESS;
+    }
+    msb_vhost::start_log(args.log_level);
+    let config = match Config::try_from(args) {
+        Ok(config) => config,
+        Err(error) => {
+            let mut command = Args::command();
+            command
+                .error(ErrorKind::ArgumentConflict, error)
+                .print()
+                .ok();
+            return ExitCode::from(2);
+        }
+    };
+    match run(&config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            writeln!(std::io::stderr(), "msb-fs: {}", chain(&*error)).ok();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: &Config) -> Result<(), Box<dyn Error>> {
+    if config.exit_with_parent {
+        msb_vhost::exit_with_parent()?;
+    }
+    raise_limits();
+    let tree = Tree::new(&config.source, config.rules)?;
+    let endpoint = match &config.socket {
+        Socket::Path(path) => Endpoint::bind(path)?,
+        Socket::Descriptor(fd) => Endpoint::from_fd(*fd)?,
+    };
+    let session = Session::new(tree, config.exclusive);
+    let device = FsDevice::new(
+        session,
+        config.tag,
+        config.request_queues,
+        config.queue_size,
+    );
+    let options = Options {
+        name: "msb-fs",
+        reconnect: config.reconnect,
+    };
+    // Kata Containers waits for exactly these words.
+    tracing::info!("Waiting for vhost-user socket connection");
+    msb_vhost::serve(&endpoint, &Arc::new(device), options)?;
+    Ok(())
+}
+
+/// Lets the process hold a descriptor for every file that the guest knows, and gives new files
+/// the modes that they are created with.
+fn raise_limits() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+    rustix::process::umask(rustix::fs::Mode::empty());
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,397 @@
+//! One FUSE session: takes requests apart, has the tree carry them out, and answers.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use msb_vhost::{Request, Segments};
+use rustix::io::Errno;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+use crate::tree::{Caching, Caller, Tree};
+use crate::wire::abi::{
+    self, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OutHeader, ReadIn,
+    StatfsOut, WriteIn, WriteOut, init, oflag, opcode,
+};
+use crate::wire::reply::{self, HEADER_LEN, Listing};
+use crate::wire::request::{self, Operation, WireError};
+
+/// Largest body of a request that is not a WRITE: a SETXATTR with the longest value and name, and
+/// room for extensions.
+const BODY_MAX: usize = 1 << 17;
+/// Largest READ and WRITE.
+const DATA_MAX: u32 = 1 << 20;
+const PAGE_SIZE: u32 = 4096;
+
+/// The state that one guest's kernel and the server share.
+pub struct Session {
+    tree: Tree,
+    exclusive: bool,
+    /// The guest reads without opening.
+    unopened: AtomicBool,
+}
+
+/// What a request is answered with.
+enum Answer {
+    /// Nothing: the protocol has no reply for it.
+    None,
+    /// These bytes.
+    Bytes(Vec<u8>),
+    /// So many bytes, which lie in place already.
+    Placed(usize),
+}
+
+impl Answer {
+    fn of(value: &(impl IntoBytes + Immutable)) -> Self {
+        Self::Bytes(value.as_bytes().to_vec())
+    }
+
+    fn pair(first: &(impl IntoBytes + Immutable), second: &(impl IntoBytes + Immutable)) -> Self {
+        Self::Bytes([first.as_bytes(), second.as_bytes()].concat())
+    }
+
+    fn empty() -> Self {
+        Self::Bytes(Vec::new())
+    }
+}
+
+impl Session {
+    /// A session over `tree`. When it is `exclusive`, nobody but the guest changes the tree.
+    pub fn new(tree: Tree, exclusive: bool) -> Self {
+        Self {
+            tree,
+            exclusive,
+            unopened: AtomicBool::new(false),
+        }
+    }
+
+    /// Forgets everything that the guest has set up.
+    pub fn reset(&self) {
+        self.unopened.store(false, Ordering::Relaxed);
+        self.tree.reset();
+    }
+
+    /// Carries out one request and completes it.
+    pub fn handle(&self, mut request: Request) {
+        let mut bytes = [0; size_of::<InHeader>()];
+        let header = match request.readable.read_exact(&mut bytes) {
+            Ok(()) => InHeader::read_from_bytes(&bytes).unwrap_or_default(),
+            Err(_) => return request.complete(0),
+        };
+        let mut head = request.writable.split_to(HEADER_LEN);
+        let result = self.dispatch(&header, &mut request.readable, &mut request.writable);
+        if matches!(result, Ok(Answer::None)) || head.len() < HEADER_LEN {
+            return request.complete(0);
+        }
+        let result = result.and_then(|answer| match answer {
+            Answer::None => Ok(0),
+            Answer::Placed(len) => Ok(len),
+            Answer::Bytes(bytes) => match request.writable.write_all(&bytes) {
+                Ok(()) => Ok(bytes.len()),
+                Err(_) => Err(Errno::IO),
+            },
+        });
+        let reply = match result {
+            Ok(len) => reply::header(header.unique, 0, len),
+            Err(error) => {
+                tracing::trace!(opcode = header.opcode, node = header.nodeid, %error);
+                reply::header(header.unique, error.raw_os_error(), 0)
+            }
+        };
+        let len = if head.write_all(reply.as_bytes()).is_ok() {
+            reply.len
+        } else {
+            0
+        };
+        request.complete(len);
+    }
+
+    fn dispatch(
+        &self,
+        header: &InHeader,
+        readable: &mut Segments,
+        writable: &mut Segments,
+    ) -> Result<Answer, Errno> {
+        let declared = header.len as usize;
+        let len = declared
+            .checked_sub(size_of::<InHeader>())
+            .ok_or(Errno::INVAL)?;
+        if len > readable.len() {
+            return Err(Errno::INVAL);
+        }
+        let mut body = readable.split_to(len);
+        if header.opcode == opcode::WRITE {
+            return self.write(header.nodeid, &mut body);
+        }
+        if len > BODY_MAX {
+            return Err(Errno::TOOBIG);
+        }
+        let bytes = body.to_vec();
+        let operation = request::parse(header.opcode, &bytes).map_err(|error| match error {
+            WireError::Short | WireError::Name => Errno::INVAL,
+            WireError::Opcode(_) => Errno::NOSYS,
+        })?;
+        // The one place where a read-only tree is kept from every change.
+        if self.tree.rules().readonly && operation.mutates() {
+            return Err(Errno::ROFS);
+        }
+        if let Operation::Read(args) = &operation {
+            return self.read(header.nodeid, args, writable);
+        }
+        let id = header.nodeid;
+        let caller = Caller {
+            uid: header.uid,
+            gid: header.gid,
+        };
+        match operation {
+            Operation::Lookup { .. }
+            | Operation::Symlink { .. }
+            | Operation::Mknod { .. }
+            | Operation::Mkdir { .. }
+            | Operation::Unlink { .. }
+            | Operation::Rmdir { .. }
+            | Operation::Rename { .. }
+            | Operation::Link { .. }
+            | Operation::Create { .. }
+            | Operation::Tmpfile(_) => self.names(id, caller, &operation),
+            Operation::Open(_)
+            | Operation::Release { .. }
+            | Operation::Fsync { .. }
+            | Operation::Opendir
+            | Operation::Readdir { .. }
+            | Operation::Releasedir { .. }
+            | Operation::Fsyncdir { .. }
+            | Operation::Fallocate(_)
+            | Operation::Lseek(_)
+            | Operation::CopyFileRange(_) => self.opened(id, &operation, writable.len()),
+            _ => self.attributes(id, caller, &operation),
+        }
+    }
+
+    /// Requests that name an entry of a directory.
+    fn names(&self, id: u64, caller: Caller, operation: &Operation<'_>) -> Result<Answer, Errno> {
+        let tree = &self.tree;
+        Ok(match operation {
+            Operation::Lookup { name } => match tree.lookup(id, name)? {
+                Some(entry) => Answer::of(&entry),
+                None => Answer::of(&tree.absent().ok_or(Errno::NOENT)?),
+            },
+            Operation::Symlink { name, target } => {
+                Answer::of(&tree.symlink(id, name, target, caller)?)
+            }
+            Operation::Mknod { args, name } => Answer::of(&tree.mknod(id, name, args, caller)?),
+            Operation::Mkdir { args, name } => {
+                Answer::of(&tree.mkdir(id, name, args.mode, caller)?)
+            }
+            Operation::Link { node, name } => Answer::of(&tree.link(*node, id, name)?),
+            Operation::Create { args, name } => {
+                let (entry, opened) = tree.create(id, name, args, caller)?;
+                Answer::pair(&entry, &opened)
+            }
+            Operation::Tmpfile(args) => {
+                let (entry, opened) = tree.tmpfile(id, args, caller)?;
+                Answer::pair(&entry, &opened)
+            }
+            Operation::Unlink { name } => {
+                tree.unlink(id, name, false)?;
+                Answer::empty()
+            }
+            Operation::Rmdir { name } => {
+                tree.unlink(id, name, true)?;
+                Answer::empty()
+            }
+            Operation::Rename {
+                newdir,
+                flags,
+                old,
+                new,
+            } => {
+                tree.rename((id, old), (*newdir, new), *flags)?;
+                Answer::empty()
+            }
+            _ => return Err(Errno::NOSYS),
+        })
+    }
+
+    /// Requests about open files and directories.
+    fn opened(&self, id: u64, operation: &Operation<'_>, room: usize) -> Result<Answer, Errno> {
+        let tree = &self.tree;
+        match operation {
+            Operation::Open(args) => {
+                if self.unopened.load(Ordering::Relaxed) && args.flags & oflag::ACCMODE == 0 {
+                    return Err(Errno::NOSYS);
+                }
+                return Ok(Answer::of(&tree.open(id, args.flags, args.open_flags)?));
+            }
+            Operation::Opendir => return Ok(Answer::of(&tree.opendir(id)?)),
+            Operation::Readdir { args, plus } => {
+                let mut list = Listing::new(room.min(args.size as usize));
+                tree.readdir(id, args.fh, args.offset, *plus, &mut list)?;
+                return Ok(Answer::Bytes(list.into_bytes()));
+            }
+            Operation::Lseek(args) => {
+                let offset = tree.lseek(id, args)?;
+                return Ok(Answer::of(&LseekOut { offset }));
+            }
+            Operation::CopyFileRange(args) => {
+                let size = tree.copy(id, args)?;
+                return Ok(Answer::of(&WriteOut { size, padding: 0 }));
+            }
+            Operation::Release { fh } | Operation::Releasedir { fh } => tree.release(*fh),
+            Operation::Fsync { fh, data_only } => tree.fsync(id, *fh, *data_only)?,
+            Operation::Fsyncdir { fh, data_only } => tree.fsyncdir(id, *fh, *data_only)?,
+            Operation::Fallocate(args) => tree.fallocate(id, args)?,
+            _ => return Err(Errno::NOSYS),
+        }
+        Ok(Answer::empty())
+    }
+
+    /// Requests about attributes, the file system as a whole, and the session itself.
+    fn attributes(
+        &self,
+        id: u64,
+        caller: Caller,
+        operation: &Operation<'_>,
+    ) -> Result<Answer, Errno> {
+        let tree = &self.tree;
+        match operation {
+            Operation::Getattr(args) => {
+                let fh = (args.flags & GETATTR_FH != 0).then_some(args.fh);
+                return Ok(Answer::of(&tree.getattr(id, fh)?));
+            }
+            Operation::Setattr(args) => return Ok(Answer::of(&tree.setattr(id, args)?)),
+            Operation::Readlink => return Ok(Answer::Bytes(tree.readlink(id)?)),
+            Operation::Statfs => return self.statfs(id),
+            Operation::Getxattr { size, name } => {
+                return sized(tree.getxattr(id, name)?, *size);
+            }
+            Operation::Listxattr { size } => return sized(tree.listxattr(id)?, *size),
+            Operation::Setxattr { flags, name, value } => {
+                tree.setxattr(id, name, value, *flags)?;
+            }
+            Operation::Removexattr { name } => tree.removexattr(id, name)?,
+            Operation::Access { mask } => tree.access(id, *mask, caller)?,
+            Operation::Syncfs => tree.syncfs()?,
+            Operation::Init { args, flags2 } => return self.init(args, *flags2),
+            Operation::Destroy => self.reset(),
+            Operation::Forget { count } => {
+                tree.forget(id, *count);
+                return Ok(Answer::None);
+            }
+            Operation::BatchForget { list } => {
+                for one in list {
+                    tree.forget(one.nodeid, one.nlookup);
+                }
+                return Ok(Answer::None);
+            }
+            // Every request is carried out at once: there is never one to interrupt.
+            Operation::Interrupt => return Ok(Answer::None),
+            _ => return Err(Errno::NOSYS),
+        }
+        Ok(Answer::empty())
+    }
+
+    fn init(&self, args: &InitIn, flags2: u32) -> Result<Answer, Errno> {
+        self.reset();
+        let mut out = InitOut {
+            major: abi::MAJOR,
+            minor: abi::MINOR,
+            ..InitOut::new_zeroed()
+        };
+        if args.major < abi::MAJOR {
+            return Err(Errno::PROTO);
+        }
+        if args.major > abi::MAJOR {
+            // The guest begins again with the version it is told.
+            return Ok(Answer::of(&out));
+        }
+        let mut offered = u64::from(args.flags);
+        if offered & init::INIT_EXT != 0 {
+            offered |= u64::from(flags2) << 32;
+        }
+        let rules = self.tree.rules();
+        let mut wanted = init::ASYNC_READ
+            | init::BIG_WRITES
+            | init::ATOMIC_O_TRUNC
+            | init::AUTO_INVAL_DATA
+            | init::DO_READDIRPLUS
+            | init::READDIRPLUS_AUTO
+            | init::ASYNC_DIO
+            | init::PARALLEL_DIROPS
+            | init::HANDLE_KILLPRIV_V2
+            | init::MAX_PAGES
+            | init::CACHE_SYMLINKS
+            | init::INIT_EXT
+            | init::ALLOW_IDMAP;
+        // Without OPEN nothing tells that the host has changed a file, so only where nobody does;
+        // and one descriptor must do for all, so only where nobody writes.
+        if rules.readonly && self.exclusive && !self.tree.is_single() {
+            wanted |= init::NO_OPEN_SUPPORT;
+            wanted &= !init::ATOMIC_O_TRUNC;
+        }
+        if rules.writeback && !rules.readonly {
+            wanted |= init::WRITEBACK_CACHE;
+        }
+        if rules.submounts {
+            wanted |= init::SUBMOUNTS;
+        }
+        if matches!(rules.caching, Caching::Never | Caching::Metadata) {
+            wanted |= init::DIRECT_IO_ALLOW_MMAP;
+        }
+        let agreed = offered & wanted;
+        let unopened = agreed & init::NO_OPEN_SUPPORT != 0;
+        self.unopened.store(unopened, Ordering::Relaxed);
+        out.max_readahead = args.max_readahead;
+        out.flags = u32::try_from(agreed & u64::from(u32::MAX)).unwrap_or(0);
+        out.flags2 = u32::try_from(agreed >> 32).unwrap_or(0);
+        out.max_background = u16::MAX;
+        out.congestion_threshold = u16::MAX / 4 * 3;
+        out.max_write = DATA_MAX;
+        out.time_gran = 1;
+        out.max_pages = u16::try_from(DATA_MAX / PAGE_SIZE).unwrap_or(u16::MAX);
+        Ok(Answer::of(&out))
+    }
+
+    fn statfs(&self, id: u64) -> Result<Answer, Errno> {
+        let found = self.tree.statfs(id)?;
+        let small = |value| u32::try_from(value).unwrap_or(u32::MAX);
+        Ok(Answer::of(&StatfsOut {
+            blocks: found.f_blocks,
+            bfree: found.f_bfree,
+            bavail: found.f_bavail,
+            files: found.f_files,
+            ffree: found.f_ffree,
+            bsize: small(found.f_bsize),
+            namelen: small(found.f_namemax),
+            frsize: small(found.f_frsize),
+            ..StatfsOut::new_zeroed()
+        }))
+    }
+
+    fn read(&self, id: u64, args: &ReadIn, into: &mut Segments) -> Result<Answer, Errno> {
+        let size = (args.size as usize).min(into.len());
+        let done = self.tree.read(id, args.fh, (args.offset, size), into)?;
+        Ok(Answer::Placed(done))
+    }
+
+    fn write(&self, id: u64, body: &mut Segments) -> Result<Answer, Errno> {
+        if self.tree.rules().readonly {
+            return Err(Errno::ROFS);
+        }
+        let mut bytes = [0; size_of::<WriteIn>()];
+        body.read_exact(&mut bytes).map_err(|_| Errno::INVAL)?;
+        let args = WriteIn::read_from_bytes(&bytes).map_err(|_| Errno::INVAL)?;
+        let size = self.tree.write(id, &args, body)?;
+        Ok(Answer::of(&WriteOut { size, padding: 0 }))
+    }
+}
+
+/// An attribute in the form of GETXATTR and LISTXATTR: its length alone when no room is offered.
+fn sized(value: Vec<u8>, room: u32) -> Result<Answer, Errno> {
+    let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
+    match room {
+        0 => Ok(Answer::of(&GetxattrOut { size, padding: 0 })),
+        room if room < size => Err(Errno::RANGE),
+        _ => Ok(Answer::Bytes(value)),
+    }
+}
+
+const _: () = assert!(size_of::<OutHeader>() == HEADER_LEN);

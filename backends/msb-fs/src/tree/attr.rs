@@ -1,0 +1,213 @@
+//! Attributes: getting, setting and checking them.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FileType, StatVfs, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use rustix::io::Errno;
+
+use super::node::Node;
+use super::overlay::without_special;
+use super::{Caller, FILE_ID, Result, StatVirt, Tree};
+use crate::sys;
+use crate::wire::abi::{Attr, AttrOut, ROOT_ID, SetattrIn, set};
+
+const S_IFMT: u32 = 0o170_000;
+
+impl Tree {
+    /// The attributes of a node, or of the file behind a handle.
+    pub fn getattr(&self, id: u64, fh: Option<u64>) -> Result<AttrOut> {
+        if self.is_single() && id == ROOT_ID {
+            return Ok(self.attr_out(self.single_root()?));
+        }
+        let opened = fh.filter(|fh| *fh != 0);
+        let node = match opened.map(|fh| self.handles.file(fh, id)) {
+            Some(Ok(handle)) => Arc::clone(&handle.node),
+            _ => self.node(id)?,
+        };
+        self.attr_of(&node)
+    }
+
+    pub(crate) fn attr_of(&self, node: &Node) -> Result<AttrOut> {
+        let stat = rustix::fs::fstat(&node.file)?;
+        Ok(self.attr_out(self.overlay.attr(node, &stat)?))
+    }
+
+    fn attr_out(&self, attr: Attr) -> AttrOut {
+        let timeout = self.timeout();
+        AttrOut {
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
+            dummy: 0,
+            attr,
+        }
+    }
+
+    /// The attributes of the directory that holds a single file and does not exist on the host.
+    fn single_root(&self) -> Result<Attr> {
+        let root = self.nodes.get(ROOT_ID).ok_or(Errno::STALE)?;
+        let stat = rustix::fs::fstat(&root.file)?;
+        let owner = self.rules.ownership.owner;
+        let (uid, gid) = owner.unwrap_or(self.rules.ownership.default_owner);
+        let attr = super::overlay::merge(
+            &stat,
+            super::Override {
+                uid,
+                gid,
+                mode: 0o040_555,
+                rdev: 0,
+            },
+        );
+        Ok(Attr {
+            ino: ROOT_ID,
+            size: 0,
+            blocks: 0,
+            nlink: 2,
+            ..attr
+        })
+    }
+
+    /// Changes attributes and returns all of them.
+    pub fn setattr(&self, id: u64, args: &SetattrIn) -> Result<AttrOut> {
+        let handle = if args.valid & set::FH != 0 && args.fh != 0 {
+            self.handles.file(args.fh, id).ok()
+        } else {
+            None
+        };
+        let node = match &handle {
+            Some(handle) => Arc::clone(&handle.node),
+            None => self.node(id)?,
+        };
+        if args.valid & (set::MODE | set::UID | set::GID) != 0 {
+            self.set_owner_and_mode(&node, args)?;
+        }
+        if args.valid & set::SIZE != 0 {
+            let fd = handle.as_ref().map(|handle| handle.fd());
+            self.truncate(&node, fd, args.size)?;
+        }
+        let changed = args.valid & (set::SIZE | set::UID | set::GID) != 0;
+        if args.valid & set::KILL_SUIDGID != 0 && changed && args.valid & set::MODE == 0 {
+            self.overlay.drop_special(&node)?;
+        }
+        if args.valid & (set::ATIME | set::MTIME) != 0 {
+            set_times(&node, args)?;
+        }
+        self.attr_of(&node)
+    }
+
+    fn set_owner_and_mode(&self, node: &Node, args: &SetattrIn) -> Result<()> {
+        let _guard = self.overlay.lock();
+        let stat = rustix::fs::fstat(&node.file)?;
+        let mut view = self.overlay.view(node, &stat)?;
+        let before = view;
+        if args.valid & set::UID != 0 {
+            view.uid = args.uid;
+        }
+        if args.valid & set::GID != 0 {
+            view.gid = args.gid;
+        }
+        if args.valid & (set::UID | set::GID) != 0 {
+            view.mode = without_special(view.mode);
+        }
+        if args.valid & set::MODE != 0 {
+            view.mode = (view.mode & S_IFMT) | (args.mode & 0o7777);
+        }
+        let moved = (view.uid, view.gid) != (before.uid, before.gid);
+        match (self.overlay.mode(), node.kind) {
+            (StatVirt::Off, _) => {
+                if moved {
+                    return Err(Errno::PERM);
+                }
+                if args.valid & set::MODE == 0 {
+                    return Ok(());
+                }
+                let floor = match node.kind {
+                    FileType::RegularFile => 0o600,
+                    FileType::Directory => 0o700,
+                    FileType::Symlink => return Err(Errno::OPNOTSUPP),
+                    _ => 0,
+                };
+                sys::chmod(node.fd(), (args.mode & 0o7777) | floor)
+            }
+            (_, FileType::RegularFile | FileType::Directory) => {
+                self.overlay.write(node.fd(), &stat, view)
+            }
+            // A real link cannot hold an override, and its owner decides nothing that matters:
+            // refusing would only make every unpacking of an archive fail.
+            (_, FileType::Symlink) if args.valid & set::MODE == 0 => Ok(()),
+            _ => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    /// Cuts or extends a regular file, through `fd` where that can be written.
+    fn truncate(&self, node: &Node, fd: Option<BorrowedFd<'_>>, size: u64) -> Result<()> {
+        match node.kind {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(Errno::ISDIR),
+            _ => return Err(Errno::INVAL),
+        }
+        if let Some(fd) = fd {
+            match rustix::fs::ftruncate(fd, size) {
+                // Not opened for writing.
+                Err(Errno::INVAL | Errno::BADF) => {}
+                result => return result,
+            }
+        }
+        if node.writable {
+            return rustix::fs::ftruncate(&node.file, size);
+        }
+        let file = self.reopen(node, rustix::fs::OFlags::RDWR)?;
+        rustix::fs::ftruncate(file, size)
+    }
+
+    /// Whether `caller` may do what `mask` asks for (R 4, W 2, X 1).
+    pub fn access(&self, id: u64, mask: u32, caller: Caller) -> Result<()> {
+        if self.rules.readonly && mask & 2 != 0 {
+            return Err(Errno::ROFS);
+        }
+        let attr = self.getattr(id, None)?.attr;
+        let granted = if caller.uid == 0 {
+            let runs = attr.mode & 0o111 != 0 || attr.mode & S_IFMT == 0o040_000;
+            if runs { 7 } else { 6 }
+        } else if caller.uid == attr.uid {
+            attr.mode >> 6
+        } else if caller.gid == attr.gid {
+            attr.mode >> 3
+        } else {
+            attr.mode
+        };
+        if mask & 7 & !granted == 0 {
+            Ok(())
+        } else {
+            Err(Errno::ACCESS)
+        }
+    }
+
+    /// The state of the host file system that a node lies on.
+    pub fn statfs(&self, id: u64) -> Result<StatVfs> {
+        // The root of a single-file mount is no node, but its directory tells as much.
+        let id = if self.is_single() { FILE_ID } else { id };
+        rustix::fs::fstatvfs(&self.node(id)?.file)
+    }
+}
+
+/// Sets access and modification time.
+fn set_times(node: &Node, args: &SetattrIn) -> Result<()> {
+    let time = |wanted, now, seconds: u64, nanoseconds: u32| Timespec {
+        tv_sec: seconds.cast_signed(),
+        tv_nsec: match args.valid {
+            valid if valid & now != 0 => UTIME_NOW,
+            valid if valid & wanted != 0 => i64::from(nanoseconds),
+            _ => UTIME_OMIT,
+        },
+    };
+    let times = Timestamps {
+        last_access: time(set::ATIME, set::ATIME_NOW, args.atime, args.atimensec),
+        last_modification: time(set::MTIME, set::MTIME_NOW, args.mtime, args.mtimensec),
+    };
+    if node.readable {
+        rustix::fs::futimens(&node.file, &times)
+    } else {
+        rustix::fs::utimensat(&node.file, c"", &times, AtFlags::EMPTY_PATH)
+    }
+}

@@ -1,0 +1,5 @@
+//! Translates the bytes of the FUSE protocol to typed requests and replies, without I/O.
+
+pub mod abi;
+pub mod reply;
+pub mod request;
