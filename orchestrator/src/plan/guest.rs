@@ -8,9 +8,7 @@ use super::mounts::{disk_file, lookup, queues};
 use super::refusal::{Refusal, SourceProblem};
 use super::{BackendPlan, BlkPlan, DevicePlan, DiskPlan, FsPlan, ShareSource};
 use crate::host::{HostFacts, PathKind};
-use crate::spec::{
-    DiskImageFormat, HostPermissions, ImageSource, RuleError, SandboxSpec, StatVirtualization,
-};
+use crate::spec::{DiskImageFormat, HostPermissions, ImageSource, SandboxSpec, StatVirtualization};
 
 const IMAGE: &str = "root_image";
 const DISK: &str = "root_disk";
@@ -50,13 +48,6 @@ pub(super) fn root(spec: &SandboxSpec, facts: &HostFacts) -> Result<Root, Refusa
         }
         ImageSource::Disk { path, format } => {
             let image = disk_file(path, lookup(facts, path))?.resolved;
-            if *format == DiskImageFormat::Vmdk {
-                let path = path.clone();
-                return Err(Refusal::Source {
-                    path,
-                    problem: RuleError::WritableVmdk.into(),
-                });
-            }
             return Ok(plain(spec, image, *format));
         }
     };

@@ -1,8 +1,8 @@
 //! Rules between the parts of one mount, the same for the command line and for the SDK.
 
 use super::{
-    Access, DiskImageFormat, HostPermissions, MountSource, MountSpec, ShareOptions,
-    StatVirtualization, VolumeKind, VolumeRequest,
+    HostPermissions, MountSource, MountSpec, ShareOptions, StatVirtualization, VolumeKind,
+    VolumeRequest,
 };
 
 /// Parts of a mount that do not go together.
@@ -30,9 +30,6 @@ pub enum RuleError {
         "`{0}` is not a file system type: use letters, digits, `.`, `_` and `-`, as in /proc/filesystems"
     )]
     FileSystemType(String),
-    /// VMDK images cannot be written.
-    #[error("a VMDK image can only be mounted read-only")]
-    WritableVmdk,
 }
 
 impl RuleError {
@@ -40,9 +37,6 @@ impl RuleError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::SizeNeedsDisk => Some("add kind=disk, or replace size= by quota="),
-            Self::WritableVmdk => {
-                Some("add ro, or convert it: qemu-img convert -O qcow2 image.vmdk image.qcow2")
-            }
             Self::OffWithMirror => Some("drop one of the two"),
             _ => None,
         }
@@ -65,17 +59,7 @@ impl MountSpec {
                 }
                 share.check()
             }
-            MountSource::Disk {
-                path,
-                format,
-                fstype,
-            } => {
-                let format = format.unwrap_or_else(|| DiskImageFormat::from_path(path));
-                if format == DiskImageFormat::Vmdk && self.access == Access::ReadWrite {
-                    return Err(RuleError::WritableVmdk);
-                }
-                fstype.as_deref().map_or(Ok(()), check_fstype)
-            }
+            MountSource::Disk { fstype, .. } => fstype.as_deref().map_or(Ok(()), check_fstype),
             MountSource::Tmpfs { .. } => Ok(()),
         }
     }

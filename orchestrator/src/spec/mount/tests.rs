@@ -137,7 +137,7 @@ fn disk_images_may_say_format_and_file_system() {
             fstype: Some("ext4".to_owned()),
         }
     );
-    assert!(parse(Disk, "d.vmdk:/x:ro").is_ok());
+    assert!(parse(Disk, "d.vmdk:/x").is_ok());
 }
 
 #[test]
@@ -289,7 +289,6 @@ fn options_that_exclude_each_other_are_refused() {
             "./a:/b:stat-virt=off,uid=1,gid=1",
             RuleError::OffWithOwner,
         ),
-        (Disk, "d.vmdk:/x", RuleError::WritableVmdk),
         (
             Disk,
             "d:/x:fstype=",
