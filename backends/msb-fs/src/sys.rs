@@ -16,7 +16,11 @@ pub(crate) fn open_in(
     mode: u32,
 ) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY;
+    let mut flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    // openat2 refuses flags that mean nothing for a mere place.
+    if !flags.contains(OFlags::PATH) {
+        flags |= OFlags::NOCTTY;
+    }
     // BENEATH makes the kernel give up when the tree is renamed at the same moment.
     for _ in 0..8 {
         match rustix::fs::openat2(dir.as_fd(), name, flags, Mode::from_raw_mode(mode), resolve) {
