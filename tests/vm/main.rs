@@ -1,1 +1,4 @@
 //! Whole sandboxes: each mount kind and option, seen from the guest and from the host.
+
+mod lifecycle;
+mod mounts;
