@@ -1,6 +1,7 @@
 //! What a virtio device promises to the transport.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use crate::Request;
 
@@ -21,6 +22,25 @@ pub struct ConfigError {
     pub offset: u32,
     /// Length of the write in bytes.
     pub len: usize,
+}
+
+/// The way back to the front end, for what it did not ask.
+#[derive(Debug, Clone)]
+pub struct FrontEnd(Arc<OwnedFd>);
+
+impl FrontEnd {
+    pub(crate) fn new(channel: OwnedFd) -> Self {
+        Self(Arc::new(channel))
+    }
+
+    /// Says that the configuration space has changed, such as the capacity of a disk.
+    ///
+    /// # Errors
+    ///
+    /// When the front end has gone.
+    pub fn config_changed(&self) -> std::io::Result<()> {
+        crate::connection::send(self.0.as_fd(), &crate::message::config_change(), None)
+    }
 }
 
 /// One virtio device behind a vhost-user socket.
@@ -47,8 +67,14 @@ pub trait Device: Send + Sync + 'static {
     /// [`ConfigError`] when the bytes there are read-only; the front end gets a negative reply and
     /// the connection stays.
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigError> {
-        Err(ConfigError { offset, len: data.len() })
+        Err(ConfigError {
+            offset,
+            len: data.len(),
+        })
     }
+
+    /// Gives the device a way back to the front end; called when the front end offers one.
+    fn attach(&self, _front_end: FrontEnd) {}
 
     /// Tells the device which feature bits the driver accepted.
     fn accept_features(&self, _features: u64) {}

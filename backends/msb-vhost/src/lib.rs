@@ -5,13 +5,21 @@
 
 #![deny(unsafe_code)]
 
+mod connection;
 mod device;
+mod inflight;
 pub mod jail;
+mod message;
+mod queue;
 mod request;
+mod ring;
 mod serve;
+mod session;
 mod startup;
+#[expect(unsafe_code, reason = "guest memory is reached through raw addresses")]
+mod sys;
 
-pub use device::{ConfigError, Device, QueueLimits};
+pub use device::{ConfigError, Device, FrontEnd, QueueLimits};
 pub use request::{Request, Segments, ShortSegments};
 pub use serve::{Endpoint, Options, ServeError, serve};
 pub use startup::{exit_with_parent, start_log};

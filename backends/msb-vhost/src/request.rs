@@ -14,6 +14,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::queue::Queue;
+use crate::sys::{Memory, Spans};
+
 /// A request that still waits for its completion. Dropping it completes it with length zero, so
 /// that no descriptor is ever lost.
 pub struct Request {
@@ -21,10 +24,49 @@ pub struct Request {
     pub readable: Segments,
     /// Where the device answers.
     pub writable: Segments,
-    completion: Option<Box<dyn FnOnce(u32) + Send>>,
+    completion: Option<Completion>,
+}
+
+/// What is done with the answer.
+pub(crate) struct Completion(Inner);
+
+enum Inner {
+    /// The chain goes back to its queue.
+    Ring {
+        queue: Arc<Queue>,
+        head: u16,
+        epoch: u32,
+    },
+    /// A test looks at it.
+    Call(Box<dyn FnOnce(u32) + Send>),
+}
+
+impl Completion {
+    pub(crate) fn ring(queue: Arc<Queue>, head: u16, epoch: u32) -> Self {
+        Self(Inner::Ring { queue, head, epoch })
+    }
+
+    fn done(self, written: u32) {
+        match self.0 {
+            Inner::Ring { queue, head, epoch } => queue.complete(head, epoch, written),
+            Inner::Call(done) => done(written),
+        }
+    }
 }
 
 impl Request {
+    pub(crate) fn with_completion(
+        readable: Segments,
+        writable: Segments,
+        completion: Completion,
+    ) -> Self {
+        Self {
+            readable,
+            writable,
+            completion: Some(completion),
+        }
+    }
+
     /// Makes a request over plain buffers, for tests and fuzzing: the answer and its length are
     /// handed to `done`.
     pub fn new(
@@ -35,23 +77,23 @@ impl Request {
         Self {
             readable,
             writable,
-            completion: Some(Box::new(done)),
+            completion: Some(Completion(Inner::Call(Box::new(done)))),
         }
     }
 
     /// Ends the request: `written` bytes of the writable part, counted from its beginning, are the
     /// answer.
     pub fn complete(mut self, written: u32) {
-        if let Some(done) = self.completion.take() {
-            done(written);
+        if let Some(completion) = self.completion.take() {
+            completion.done(written);
         }
     }
 }
 
 impl Drop for Request {
     fn drop(&mut self) {
-        if let Some(done) = self.completion.take() {
-            done(0);
+        if let Some(completion) = self.completion.take() {
+            completion.done(0);
         }
     }
 }
@@ -67,7 +109,7 @@ pub struct ShortSegments {
 /// A list of spans of guest memory, consumed from the front.
 #[derive(Clone)]
 pub struct Segments {
-    spans: SmallVec<[libc::iovec; 8]>,
+    spans: Spans,
     first: usize,
     len: usize,
     keep: Arc<dyn Any + Send + Sync>,
@@ -93,10 +135,7 @@ impl Segments {
     /// # Safety
     ///
     /// Every span must be valid for reads and writes as long as `keep` lives.
-    pub(crate) unsafe fn from_spans(
-        spans: SmallVec<[libc::iovec; 8]>,
-        keep: Arc<dyn Any + Send + Sync>,
-    ) -> Self {
+    pub(crate) unsafe fn from_spans(spans: Spans, keep: Arc<dyn Any + Send + Sync>) -> Self {
         let len = spans.iter().map(|span| span.iov_len).sum();
         Self {
             spans,
@@ -104,6 +143,12 @@ impl Segments {
             len,
             keep,
         }
+    }
+
+    /// Segments over spans that [`Memory::append`] found.
+    pub(crate) fn of_memory(spans: Spans, memory: Arc<Memory>) -> Self {
+        // SAFETY: `append` checked every span against a region that `memory` holds mapped.
+        unsafe { Self::from_spans(spans, memory) }
     }
 
     /// Segments over one buffer of the process's own, for tests and fuzzing.

@@ -193,7 +193,9 @@ const ANSWERED: &[(libc::c_long, i32)] = &[
 /// Installs the filter of a device for all threads.
 pub(super) fn install(device: &[Call], audit: bool) -> Result<(), JailError> {
     let listed = |number| device.iter().any(|call| call.number == number);
-    let answered = || ANSWERED.iter().filter(|(number, _)| !listed(*number));
+    // What is answered is not logged, so an audit leaves only what happens with every thread.
+    let wanted = |number| !listed(number) && (!audit || number == libc::SYS_clone3);
+    let answered = || ANSWERED.iter().filter(|(number, _)| wanted(*number));
     let mut errors: BTreeMap<i32, Vec<Call>> = BTreeMap::new();
     for (number, errno) in answered() {
         errors.entry(*errno).or_default().push(Call::any(*number));

@@ -1,0 +1,278 @@
+//! A split virtqueue, seen from the device (virtio 1.3 section 2.7).
+//!
+//! Every descriptor is read once. A chain that cannot be right (a loop, an address outside guest
+//! memory, a readable part after a writable one) is handed back to the driver without reaching the
+//! device. An available index that jumps by more than the queue's size breaks the ring for good.
+//! Own code and not virtio-queue's, whose iterator ends a bad chain as if it were a short one and
+//! does not say that the available index is invalid.
+
+use std::sync::atomic::{Ordering, fence};
+
+use crate::inflight::Inflight;
+use crate::sys::{Area, Memory, Spans};
+
+/// Most descriptors one chain may have; what Linux drivers build stays far below.
+const MAX_CHAIN: u32 = 1024;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const DESCRIPTOR: usize = 16;
+
+/// Flag in the used ring: the driver need not kick.
+const NO_NOTIFY: u16 = 1;
+/// Flag in the available ring: the driver wants no interrupts.
+const NO_INTERRUPT: u16 = 1;
+
+/// One descriptor, as it lies in memory.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+/// Addresses of the three parts in the front end's address space.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Addresses {
+    pub(crate) descriptors: u64,
+    pub(crate) available: u64,
+    pub(crate) used: u64,
+}
+
+#[derive(Debug)]
+struct Parts {
+    descriptors: Area,
+    available: Area,
+    used: Area,
+}
+
+/// The state of one virtqueue.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    pub(crate) size: u16,
+    pub(crate) addresses: Option<Addresses>,
+    /// The next entry of the available ring.
+    pub(crate) next_available: u16,
+    pub(crate) event_idx: bool,
+    pub(crate) inflight: Option<Inflight>,
+    parts: Option<Parts>,
+    next_used: u16,
+    /// The used index at the last interrupt.
+    signalled: Option<u16>,
+    broken: bool,
+}
+
+/// What the available ring holds next.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "made once a request and moved on; a box would be an allocation each"
+)]
+pub(crate) enum Next {
+    /// Nothing.
+    Empty,
+    /// A request.
+    Chain {
+        head: u16,
+        readable: Spans,
+        writable: Spans,
+    },
+    /// A chain that cannot be right.
+    Malformed { head: u16 },
+    /// The ring itself cannot be right; reported once.
+    Broken,
+}
+
+impl Ring {
+    pub(crate) fn new(size: u16) -> Self {
+        Self {
+            size,
+            addresses: None,
+            next_available: 0,
+            event_idx: false,
+            inflight: None,
+            parts: None,
+            next_used: 0,
+            signalled: None,
+            broken: false,
+        }
+    }
+
+    /// Finds the three parts in `memory`; false when they do not lie there, aligned.
+    pub(crate) fn place(&mut self, memory: &Memory) -> bool {
+        let size = usize::from(self.size);
+        self.parts = self.addresses.and_then(|at| {
+            Some(Parts {
+                descriptors: memory.ring_part(at.descriptors, size * DESCRIPTOR, 16)?,
+                available: memory.ring_part(at.available, 6 + 2 * size, 2)?,
+                used: memory.ring_part(at.used, 6 + 8 * size, 4)?,
+            })
+        });
+        self.parts.is_some()
+    }
+
+    /// Begins where the driver's rings stand: after a reset of the guest the used index in memory
+    /// is the truth.
+    pub(crate) fn start(&mut self) {
+        self.broken = false;
+        self.signalled = None;
+        if let Some(parts) = &self.parts {
+            self.next_used = parts.used.acquire(2);
+        }
+        if let Some(inflight) = &mut self.inflight {
+            self.next_available = inflight.recover(self.next_used, self.size);
+        }
+    }
+
+    /// Takes the next chain.
+    pub(crate) fn next(&mut self, memory: &Memory) -> Next {
+        let Some(parts) = self.parts.as_ref().filter(|_| !self.broken) else {
+            return Next::Empty;
+        };
+        let head = match self.inflight.as_mut().and_then(Inflight::resubmit) {
+            Some(head) => head,
+            None => {
+                let announced = parts.available.acquire(2);
+                let waiting = announced.wrapping_sub(self.next_available);
+                if waiting == 0 {
+                    return Next::Empty;
+                }
+                if waiting > self.size {
+                    self.broken = true;
+                    return Next::Broken;
+                }
+                let slot = usize::from(self.next_available & (self.size - 1));
+                let head = parts.available.copy::<u16>(4 + 2 * slot);
+                if head >= self.size {
+                    self.broken = true;
+                    return Next::Broken;
+                }
+                self.next_available = self.next_available.wrapping_add(1);
+                if let Some(inflight) = &mut self.inflight {
+                    inflight.begin(head);
+                }
+                head
+            }
+        };
+        let (mut readable, mut writable) = (Spans::new(), Spans::new());
+        if walk(parts, self.size, head, memory, &mut readable, &mut writable).is_some() {
+            Next::Chain {
+                head,
+                readable,
+                writable,
+            }
+        } else {
+            Next::Malformed { head }
+        }
+    }
+
+    /// Hands a chain back to the driver.
+    pub(crate) fn give_back(&mut self, head: u16, written: u32) {
+        let Some(parts) = &self.parts else {
+            return;
+        };
+        let slot = usize::from(self.next_used & (self.size - 1));
+        parts.used.put(4 + 8 * slot, u32::from(head));
+        parts.used.put(8 + 8 * slot, written);
+        self.next_used = self.next_used.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.finish(head);
+        }
+        parts.used.release(2, self.next_used);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.finished(head, self.next_used);
+        }
+    }
+
+    /// Whether the driver wants an interrupt for what was given back since the last one.
+    pub(crate) fn wants_interrupt(&mut self) -> bool {
+        let Some(parts) = &self.parts else {
+            return false;
+        };
+        // The used index must be visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let now = self.next_used;
+        let before = self.signalled.replace(now);
+        if !self.event_idx {
+            return parts.available.copy::<u16>(0) & NO_INTERRUPT == 0;
+        }
+        let wish = parts.available.copy::<u16>(4 + 2 * usize::from(self.size));
+        // True when the index passed the wish since the last interrupt (virtio 1.3 section 2.7.7.2).
+        before
+            .is_none_or(|before| now.wrapping_sub(wish).wrapping_sub(1) < now.wrapping_sub(before))
+    }
+
+    /// Tells the driver not to kick while the ring is being emptied.
+    pub(crate) fn mute(&self) {
+        if let Some(parts) = self.parts.as_ref().filter(|_| !self.event_idx) {
+            parts.used.put(0, NO_NOTIFY);
+        }
+    }
+
+    /// Asks the driver to kick for the next chain; true when one has arrived meanwhile.
+    pub(crate) fn listen(&self) -> bool {
+        let Some(parts) = self.parts.as_ref().filter(|_| !self.broken) else {
+            return false;
+        };
+        if self.event_idx {
+            let at = 4 + 8 * usize::from(self.size);
+            parts.used.put(at, self.next_available);
+        } else {
+            parts.used.put(0, 0_u16);
+        }
+        // The wish must be visible before the index is read again.
+        fence(Ordering::SeqCst);
+        parts.available.acquire(2) != self.next_available
+    }
+}
+
+/// Follows one chain; nothing when it cannot be right.
+fn walk(
+    parts: &Parts,
+    size: u16,
+    head: u16,
+    memory: &Memory,
+    readable: &mut Spans,
+    writable: &mut Spans,
+) -> Option<()> {
+    let (mut table, mut entries) = (parts.descriptors.clone(), u32::from(size));
+    let (mut index, mut indirect, mut total) = (head, false, 0_u64);
+    for _ in 0..MAX_CHAIN {
+        if u32::from(index) >= entries {
+            return None;
+        }
+        let found: Descriptor = table.copy(usize::from(index) * DESCRIPTOR);
+        if found.flags & INDIRECT != 0 {
+            let len = usize::try_from(found.len).ok()?;
+            let whole = len != 0 && len.is_multiple_of(DESCRIPTOR);
+            if indirect || !whole || found.flags & NEXT != 0 {
+                return None;
+            }
+            entries = u32::try_from(len / DESCRIPTOR).ok()?;
+            table = memory.table(found.address, len)?;
+            (index, indirect) = (0, true);
+            continue;
+        }
+        total += u64::from(found.len);
+        if total > u64::from(u32::MAX) {
+            return None;
+        }
+        let spans = if found.flags & WRITE != 0 {
+            &mut *writable
+        } else if writable.is_empty() {
+            &mut *readable
+        } else {
+            return None;
+        };
+        if !memory.append(found.address, u64::from(found.len), spans) {
+            return None;
+        }
+        if found.flags & NEXT == 0 {
+            return Some(());
+        }
+        index = found.next;
+    }
+    None
+}
