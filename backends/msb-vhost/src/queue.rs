@@ -237,6 +237,7 @@ impl Queue {
             .ok()
             .filter(|size| size.is_power_of_two() && *size <= limit)
             .ok_or(QueueError::Size(limit))?;
+        self.settle();
         let mut state = self.lock();
         if state.started && size != state.ring.size {
             return Err(QueueError::Busy);
@@ -246,6 +247,7 @@ impl Queue {
     }
 
     pub(crate) fn set_addresses(&self, at: crate::ring::Addresses) -> Result<(), QueueError> {
+        self.settle();
         let mut state = self.lock();
         let State { ring, memory, .. } = &mut *state;
         let before = ring.addresses.replace(at);
@@ -258,6 +260,7 @@ impl Queue {
     }
 
     pub(crate) fn set_base(&self, base: u32) -> Result<(), QueueError> {
+        self.settle();
         let mut state = self.lock();
         if state.started {
             return Err(QueueError::Busy);
@@ -265,6 +268,16 @@ impl Queue {
         // The upper half belongs to packed rings.
         state.ring.next_available = (base & 0xffff) as u16;
         Ok(())
+    }
+
+    /// Stops a ring that was disabled before it is set up anew: all that libkrun says when its
+    /// guest resets the driver is that the ring is disabled.
+    fn settle(&self) {
+        let state = self.lock();
+        if state.started && !state.enabled {
+            drop(state);
+            self.stop();
+        }
     }
 
     /// Takes the descriptor through which the driver kicks, and starts the ring.
