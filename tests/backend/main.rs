@@ -1,1 +1,3 @@
 //! Each backend over its socket, without a VM.
+
+mod conformance;

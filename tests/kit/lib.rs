@@ -1,3 +1,5 @@
 //! Fixtures of the tests.
 
+pub mod attack;
+pub mod frontend;
 pub mod msb;
