@@ -1,5 +1,7 @@
 //! Wrong command lines against the real program: message, exit code, and nothing made.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -31,6 +33,10 @@ impl Scratch {
         for file in ["file", "disk.raw", "disk.qcow2", "disk.vmdk"] {
             fs::write(work.join(file), "content").unwrap();
         }
+        let conf = "image: ../rootfs\nname: described\nmemory: 1G\nmounts: [dir:/x:ro]\n";
+        fs::write(work.join("dir/conf.yaml"), conf.replace("dir:", "../dir:")).unwrap();
+        fs::write(work.join("bad.yaml"), "volumes: []\n").unwrap();
+        fs::write(work.join("empty.yaml"), "{}\n").unwrap();
         symlink("dir", work.join("link")).unwrap();
         symlink("disk.raw", work.join("disk-link")).unwrap();
         let made = Command::new("mkfifo")
@@ -292,11 +298,6 @@ const BAD: &[(&str, i32, &str)] = &[
     ),
     ("--mount-disk dir:/x", 1, "/dir`: is not a regular file"),
     (
-        "--mount-disk disk.vmdk:/x",
-        1,
-        "a VMDK image can only be mounted read-only",
-    ),
-    (
         "--mount-disk disk.raw:/x:ro --mount-disk disk-link:/y:ro",
         1,
         "are the same disk",
@@ -391,10 +392,13 @@ const BAD_LINES: &[(&str, i32, &str)] = &[
         1,
         "/none.qcow2`: No such file or directory",
     ),
+    ("plan --conf none.yaml", 1, "cannot read `none.yaml`"),
+    ("plan --conf bad.yaml", 1, "unknown field `volumes`"),
+    ("plan --conf empty.yaml", 1, "there is no image"),
     (
-        "run ./disk.vmdk",
+        "run ./rootfs --fs-conf bad.yaml",
         1,
-        "a VMDK image can only be mounted read-only",
+        "unknown field `volumes`",
     ),
     ("volume", 2, "Usage: msb volume"),
     ("volume create", 2, "<NAME"),
@@ -516,6 +520,35 @@ fn a_plan_is_printed_and_nothing_is_touched() {
     assert_eq!(plan["guest"]["mounts"][0]["target"], "/a");
     assert_eq!(plan["volumes"][0]["name"], "cache");
     assert!(!scratch.path("home").exists());
+}
+
+#[test]
+fn a_file_describes_a_sandbox_and_flags_go_before_it() {
+    let scratch = Scratch::new();
+    let args = [
+        "plan",
+        "--conf",
+        "dir/conf.yaml",
+        "--name",
+        "mine",
+        "-v",
+        "./dir:/y",
+    ];
+    let plan: serde_json::Value = serde_json::from_str(&scratch.must(&args)).unwrap();
+    assert_eq!(
+        (plan["name"].as_str(), plan["vm"]["memory_bytes"].as_u64()),
+        (Some("mine"), Some(1 << 30))
+    );
+    let root = scratch.path("work/rootfs").display().to_string();
+    assert_eq!(plan["backends"][0]["device"]["source"]["path"], root);
+    let shared = scratch.path("work/dir").display().to_string();
+    for (backend, read_only) in [(2, true), (3, false)] {
+        let device = &plan["backends"][backend]["device"];
+        assert_eq!(
+            (&device["source"]["path"], &device["read_only"]),
+            (&shared.clone().into(), &read_only.into())
+        );
+    }
 }
 
 #[test]

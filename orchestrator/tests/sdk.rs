@@ -1,10 +1,10 @@
 //! The SDK as the documents show it, against a home of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::process::Command;
 
-use microsandbox::{
-    ErrorKind, FsEntryKind, Mebibytes, MicrosandboxResult, SizeExt, Volume, VolumeKind,
-};
+use microsandbox::{ErrorKind, FsEntryKind, MicrosandboxResult, SizeExt, Volume, VolumeKind};
 
 /// Runs one of the functions below in a process of its own, whose home is a scratch folder: the
 /// home comes from the environment, which a process cannot change while it has threads.
@@ -104,7 +104,7 @@ fn what_cannot_be_a_volume_is_refused() {
 fn files_of_a_volume_are_reached_from_the_host() {
     in_a_home_of_its_own("files_of_a_volume_are_reached_from_the_host", async || {
         let volume = Volume::builder("v")
-            .quota(Mebibytes(9).0.into())
+            .quota(9)
             .label("a", "b")
             .create()
             .await?;

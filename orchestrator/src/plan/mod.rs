@@ -71,6 +71,14 @@ impl Plan {
     /// Everything that is wrong with the request; only when nothing is, what the host lacks.
     pub fn new(spec: &SandboxSpec, facts: &HostFacts) -> Result<Self, Vec<Refusal>> {
         let mut refusals = Vec::new();
+        if spec.cpus == 0 {
+            let (given, least) = ("0".to_owned(), "1".to_owned());
+            refusals.push(Refusal::TooSmall {
+                what: "number of CPUs",
+                given,
+                least,
+            });
+        }
         check_size("memory", spec.memory, LEAST_MEMORY, &mut refusals);
         check_size("root disk", spec.root_disk, LEAST_ROOT_DISK, &mut refusals);
         let root = guest::root(spec, facts).map_err(|refusal| refusals.push(refusal));

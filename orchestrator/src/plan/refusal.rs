@@ -56,7 +56,7 @@ pub enum Refusal {
     #[error("there is no image `{0}` in the local store")]
     NoImage(String),
     /// Memory or root disk is too small.
-    #[error("{what} of {given} is too small: at least {least} are needed")]
+    #[error("{what} of {given} is too small: at least {least} needed")]
     TooSmall {
         /// What.
         what: &'static str,

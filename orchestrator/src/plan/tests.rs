@@ -476,11 +476,15 @@ fn libkrun_is_not_given_more_devices_than_it_has_interrupts() {
 #[test]
 fn sizes_that_cannot_work_are_refused() {
     let mut request = spec(&[]);
-    (request.memory, request.root_disk) = (Mebibytes(1), Mebibytes(0));
-    let error = Plan::decide(&request, &host()).unwrap_err();
+    (request.cpus, request.memory, request.root_disk) = (0, Mebibytes(1), Mebibytes(0));
+    let refusals = Plan::new(&request, &host()).unwrap_err();
+    let said: Vec<String> = refusals.iter().map(ToString::to_string).collect();
     assert_eq!(
-        error.to_string(),
-        "memory of 1 MiB is too small: at least 64 MiB are needed"
+        said,
+        [
+            "number of CPUs of 0 is too small: at least 1 needed",
+            "memory of 1 MiB is too small: at least 64 MiB needed",
+            "root disk of 0 MiB is too small: at least 1 MiB needed",
+        ]
     );
-    assert_eq!(error.also().len(), 1);
 }

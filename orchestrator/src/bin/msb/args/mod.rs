@@ -1,5 +1,6 @@
 //! The command line as it was typed: every verb and its flags.
 
+mod conf;
 mod sandbox;
 mod volume;
 

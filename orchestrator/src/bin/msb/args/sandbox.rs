@@ -11,31 +11,38 @@ use microsandbox::spec::{
 use microsandbox::{Accel, Error, ErrorKind, Mebibytes, SecurityProfile, VmmKind};
 
 use super::Format;
+use super::conf::{Conf, Size, read_mounts};
 
 /// What describes a sandbox: shared by `run`, `create` and `plan`.
 #[derive(Debug, Args)]
 pub(crate) struct SandboxFlags {
     /// Image: a name in the local store, a root file system directory (./rootfs) or a disk image
     /// (./disk.qcow2)
-    #[arg(value_name = "IMAGE")]
-    pub(crate) image: String,
+    #[arg(value_name = "IMAGE", required_unless_present = "conf")]
+    pub(crate) image: Option<String>,
+    /// File that describes the sandbox (YAML); flags go before what it says
+    #[arg(long, value_name = "FILE")]
+    pub(crate) conf: Option<PathBuf>,
+    /// File that describes volumes (YAML)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) fs_conf: Option<PathBuf>,
     /// Name of the sandbox
     #[arg(short, long)]
     pub(crate) name: Option<String>,
-    /// Number of virtual CPUs
-    #[arg(short, long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
-    pub(crate) cpus: u8,
-    /// Memory, in MiB or as `2G`
-    #[arg(short, long, value_name = "SIZE", default_value = "512")]
-    pub(crate) memory: Mebibytes,
-    /// Size of the disk that takes what the sandbox writes to its root file system
-    #[arg(long, value_name = "SIZE", default_value = "4G")]
-    pub(crate) root_disk: Mebibytes,
+    /// Number of virtual CPUs [default: 1]
+    #[arg(short, long, value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) cpus: Option<u8>,
+    /// Memory, in MiB or as `2G` [default: 512]
+    #[arg(short, long, value_name = "SIZE")]
+    pub(crate) memory: Option<Mebibytes>,
+    /// Size of the disk that takes what the sandbox writes to its root file system [default: 4G]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) root_disk: Option<Mebibytes>,
     #[command(flatten)]
     pub(crate) mounts: MountFlags,
-    /// What commands in the sandbox may do
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) security: SecurityFlag,
+    /// What commands in the sandbox may do [default: default]
+    #[arg(long, value_enum)]
+    pub(crate) security: Option<SecurityFlag>,
     #[command(flatten)]
     pub(crate) process: ProcessFlags,
     /// Program to run in place of the image's entrypoint
@@ -94,10 +101,9 @@ pub(crate) struct ProcessFlags {
     pub(crate) user: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum SecurityFlag {
     /// Ordinary Linux behaviour
-    #[default]
     Default,
     /// No new privileges, no mount administration, nosuid and nodev on every volume
     Restricted,
@@ -356,32 +362,56 @@ pub(crate) struct Tied {
 }
 
 impl SandboxFlags {
-    /// The sandbox that these flags ask for; relative host paths are taken from `cwd`.
+    /// The sandbox that these flags ask for; relative host paths are taken from `cwd`. One without
+    /// a name gets one, and is ephemeral.
     ///
     /// Everything that is wrong with the mounts is reported at once.
     pub(crate) fn spec(&self, cwd: &Path) -> Result<SandboxSpec, Error> {
-        let name = match &self.name {
-            Some(name) => SandboxName::try_from(name.clone())?,
-            None => SandboxName::random(),
+        let (conf, mut mounts) = match &self.conf {
+            Some(path) => Conf::read(path)?,
+            None => (Conf::default(), Vec::new()),
         };
+        if let Some(path) = &self.fs_conf {
+            mounts.extend(read_mounts(path)?);
+        }
+        mounts.extend(self.mounts.specs(cwd)?);
+        let name = self.name.clone().or(conf.name);
+        let image = match (&self.image, conf.image) {
+            (Some(image), _) => ImageSource::parse(image, cwd)?,
+            (None, Some(image)) => ImageSource::parse(&image, &conf.folder)?,
+            (None, None) => {
+                return Err(Error::new(ErrorKind::InvalidConfig, "there is no image")
+                    .with_hint("name one, or set `image` in the file of --conf"));
+            }
+        };
+        let security = self.security.map(|security| match security {
+            SecurityFlag::Default => SecurityProfile::Default,
+            SecurityFlag::Restricted => SecurityProfile::Restricted,
+        });
+        let process = self.process.spec()?;
+        let entrypoint = self.entrypoint.clone().map(|program| vec![program]);
+        let mut labels = conf.labels;
+        labels.extend(self.labels.iter().cloned());
         Ok(SandboxSpec {
-            name,
-            image: ImageSource::parse(&self.image, cwd)?,
-            mounts: self.mounts.specs(cwd)?,
-            cpus: self.cpus,
-            memory: self.memory,
-            root_disk: self.root_disk,
-            security: match self.security {
-                SecurityFlag::Default => SecurityProfile::Default,
-                SecurityFlag::Restricted => SecurityProfile::Restricted,
-            },
+            ephemeral: name.is_none(),
+            name: name.map_or_else(|| Ok(SandboxName::random()), SandboxName::try_from)?,
+            image,
+            mounts,
+            cpus: self.cpus.or(conf.cpus).unwrap_or(1),
+            memory: self.memory.or(size(conf.memory)).unwrap_or(Mebibytes(512)),
+            root_disk: self
+                .root_disk
+                .or(size(conf.root_disk))
+                .unwrap_or(Mebibytes(4096)),
+            security: security.or(conf.security).unwrap_or_default(),
             process: ProcessSpec {
-                entrypoint: self.entrypoint.clone().map(|program| vec![program]),
-                hostname: self.hostname.clone(),
-                ..self.process.spec()?
+                entrypoint: entrypoint.or(conf.entrypoint),
+                env: conf.env.into_iter().chain(process.env).collect(),
+                workdir: process.workdir.or(conf.workdir),
+                user: process.user.or(conf.user),
+                hostname: self.hostname.clone().or(conf.hostname),
             },
-            labels: self.labels.iter().cloned().collect(),
-            ephemeral: false,
+            labels,
             vmm: self.vmm.map(|vmm| match vmm {
                 VmmFlag::Libkrun => VmmKind::Libkrun,
                 VmmFlag::CloudHypervisor => VmmKind::CloudHypervisor,
@@ -393,6 +423,10 @@ impl SandboxFlags {
             }),
         })
     }
+}
+
+fn size(size: Option<Size>) -> Option<Mebibytes> {
+    size.map(|Size(size)| size)
 }
 
 impl MountFlags {

@@ -13,7 +13,8 @@ use crate::progress::Progress;
 
 /// `msb create`.
 pub(super) async fn create(args: &Create) -> Result<ExitCode, Error> {
-    let spec = args.sandbox.spec(&super::current_dir()?)?;
+    let mut spec = args.sandbox.spec(&super::current_dir()?)?;
+    spec.ephemeral = false;
     let sandbox = launch(spec, args.replace, false, args.quiet).await?;
     if !args.quiet {
         output::print(&format!("{}\n", sandbox.name()))?;
@@ -24,7 +25,7 @@ pub(super) async fn create(args: &Create) -> Result<ExitCode, Error> {
 /// `msb run`.
 pub(super) async fn run(args: &Run) -> Result<ExitCode, Error> {
     let mut spec = args.sandbox.spec(&super::current_dir()?)?;
-    spec.ephemeral = args.sandbox.name.is_none() && !args.detach;
+    spec.ephemeral &= !args.detach;
     let sandbox = launch(spec, args.replace, !args.detach, args.quiet).await?;
     let argv = sandbox.main_command(&args.command);
     let terminal = !args.detach && attach::wants_terminal(args.tty, args.no_tty);
