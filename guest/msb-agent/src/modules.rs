@@ -107,10 +107,7 @@ mod tests {
         assert_eq!(sets.len(), 2);
         assert_eq!(
             sets[0],
-            (
-                "boot".into(),
-                vec!["virtio_blk.ko".into(), "overlay.ko".into()]
-            )
+            ("overlay".to_owned(), vec!["overlay.ko".to_owned()])
         );
         assert_eq!(sets[1].1, ["libcrc32c.ko.xz", "xfs.ko.xz"]);
     }
