@@ -76,7 +76,7 @@ mod tests {
         let mut list = Listing::new(70);
         assert!(list.fits(8, false) && !list.fits(47, false) && !list.fits(1, true));
         list.push(None, 5, 1, 8, b"x");
-        assert!(list.fits(14, false) && !list.fits(15, false));
+        assert!(list.fits(8, false) && !list.fits(9, false));
         list.push(None, 5, 2, 8, b"12345678");
         assert!(!list.fits(0, false));
         assert_eq!(list.into_bytes().len(), 64);
