@@ -1,3 +1,4 @@
 //! Each backend over its socket, without a VM.
 
 mod conformance;
+mod hostile;

@@ -3,3 +3,4 @@
 pub mod attack;
 pub mod frontend;
 pub mod msb;
+pub mod sys;

@@ -1,0 +1,27 @@
+//! System calls that rustix does not wrap.
+
+use std::io;
+
+/// Sends `signal` to one thread of a process. Where a test harness has threads of its own, a signal
+/// to the process would meet one that does not block it.
+///
+/// # Errors
+///
+/// What tgkill(2) reports.
+pub fn signal_thread(process: u32, thread: u32, signal: i32) -> io::Result<()> {
+    let number = |id| libc::c_long::from(i32::try_from(id).unwrap_or(-1));
+    // SAFETY: the call takes three integers and touches no memory of this process.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_tgkill,
+            number(process),
+            number(thread),
+            libc::c_long::from(signal),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
