@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 mod boot;
+mod events;
 mod exec;
 mod modules;
 mod mounts;

@@ -6,24 +6,21 @@
 //! ready in each, so that a chatty command does not starve another.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use msb_protocol::{Channel, Frame, FromAgent, Kind, SecurityProfile, ToAgent};
-use rustix::buffer::spare_capacity;
-use rustix::event::Timespec;
-use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, wait};
 
 use crate::describe;
+use crate::events::{CHILDREN, OUTPUTS, PORT, parse_token, token, unwatch, wait_events, watch};
 use crate::exec::{Command, Next, Stream};
 use crate::mounts::{Guest, MountError};
 use crate::port::{Port, PortError};
 use crate::shutdown::{self, Shutdown};
 
-/// Most events taken at a time, so that no kind of them waits for long.
-const BATCH: usize = 64;
 /// Most output taken from a command at a time, in bytes.
 const PIECE: usize = 32 << 10;
 
@@ -31,12 +28,6 @@ const PIECE: usize = 32 << 10;
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long commands have to end when the host has gone.
 const ORPHANED: Duration = Duration::from_millis(300);
-
-const PORT: u64 = 0;
-const CHILDREN: u64 = 1;
-const OUTPUTS: u64 = 2;
-/// Streams of commands have tokens from here on; see [`token`].
-const STREAMS: u64 = 4;
 
 /// The agent while it serves the host.
 pub(crate) struct Server {
@@ -108,15 +99,14 @@ impl Server {
 
     fn serve(&mut self) -> Result<(), PortError> {
         loop {
-            self.conclude();
             let no_children = self.reap();
+            self.conclude();
             let now = Instant::now();
             if self
                 .shutdown
                 .as_mut()
                 .is_some_and(|shutdown| shutdown.is_over(now, no_children))
             {
-                self.conclude();
                 return Ok(());
             }
             match self.turn() {
@@ -486,75 +476,8 @@ impl Server {
     }
 }
 
-fn wait_events(epoll: &OwnedFd, patience: Option<Duration>) -> Result<Vec<Event>, Errno> {
-    // Rounded up, or the last part of a millisecond would be spent spinning.
-    let timeout = patience.map(|time| time + Duration::from_micros(999));
-    let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
-    let mut events = Vec::with_capacity(BATCH);
-    match epoll::wait(epoll, spare_capacity(&mut events), timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(events),
-        Err(error) => Err(error),
-    }
-}
-
-fn watch(epoll: &OwnedFd, fd: impl AsFd, data: EventData, events: EventFlags) -> Result<(), Errno> {
-    match epoll::add(epoll, fd, data, events) {
-        Err(Errno::EXIST) => Ok(()),
-        result => result,
-    }
-}
-
-fn unwatch(epoll: &OwnedFd, fd: impl AsFd) -> Result<(), Errno> {
-    match epoll::delete(epoll, fd) {
-        Err(Errno::NOENT) => Ok(()),
-        result => result,
-    }
-}
-
 fn report(what: &str, result: Result<(), Errno>) {
     if let Err(error) = result {
         eprintln!("msb-agent: cannot {what}: {error}");
-    }
-}
-
-fn token(channel: Channel, stream: Stream) -> EventData {
-    let stream = match stream {
-        Stream::Report => 0,
-        Stream::Stdin => 1,
-        Stream::Stdout => 2,
-        Stream::Stderr => 3,
-    };
-    EventData::new_u64(STREAMS + (u64::from(channel) << 2) + stream)
-}
-
-fn parse_token(token: u64) -> (Channel, Stream) {
-    let number = token.saturating_sub(STREAMS);
-    let stream = match number & 3 {
-        0 => Stream::Report,
-        1 => Stream::Stdin,
-        2 => Stream::Stdout,
-        _ => Stream::Stderr,
-    };
-    (Channel::try_from(number >> 2).unwrap_or(0), stream)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_tell_channel_and_stream() {
-        for channel in [0, 1, 77, Channel::MAX] {
-            for stream in [
-                Stream::Report,
-                Stream::Stdin,
-                Stream::Stdout,
-                Stream::Stderr,
-            ] {
-                let token = token(channel, stream).u64();
-                assert!(token >= STREAMS);
-                assert_eq!(parse_token(token), (channel, stream));
-            }
-        }
     }
 }
