@@ -7,12 +7,10 @@
 
 mod connection;
 mod device;
-mod inflight;
 pub mod jail;
 mod message;
 mod queue;
 mod request;
-mod ring;
 mod serve;
 mod session;
 mod startup;

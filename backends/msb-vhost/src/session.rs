@@ -11,10 +11,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::connection::{Connection, Message};
 use crate::device::FrontEnd;
-use crate::inflight::{Inflight, stride};
 use crate::message::{Body, Code, RegionMessage, feature};
-use crate::queue::{Queue, QueueError};
-use crate::ring::Addresses;
+use crate::queue::{Addresses, Inflight, Queue, QueueError, stride};
 use crate::sys::{Area, Memory, Region};
 use crate::{ConfigError, Device};
 

@@ -232,7 +232,7 @@ impl Plain for u8 {}
 impl Plain for u16 {}
 impl Plain for u32 {}
 impl Plain for u64 {}
-impl Plain for crate::ring::Descriptor {}
+impl Plain for crate::queue::Descriptor {}
 
 /// A descriptor that becomes readable when SIGTERM or SIGINT asks for the end. The signals are
 /// blocked for this thread and those it starts.

@@ -3,6 +3,9 @@
 //! The control thread changes the ring under its lock; the worker takes the lock to fetch a chain
 //! and to hand one back, never while the device works on a request.
 
+mod inflight;
+mod ring;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,9 +15,11 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
+pub(crate) use self::inflight::{Inflight, stride};
+pub(crate) use self::ring::{Addresses, Descriptor};
+use self::ring::{Next, Ring};
 use crate::Device;
 use crate::request::{Completion, Request, Segments};
-use crate::ring::{Next, Ring};
 use crate::sys::Memory;
 
 /// Finished requests that may wait for one common interrupt while more are being worked on.
@@ -246,7 +251,7 @@ impl Queue {
         Ok(())
     }
 
-    pub(crate) fn set_addresses(&self, at: crate::ring::Addresses) -> Result<(), QueueError> {
+    pub(crate) fn set_addresses(&self, at: Addresses) -> Result<(), QueueError> {
         self.settle();
         let mut state = self.lock();
         let State { ring, memory, .. } = &mut *state;
@@ -319,7 +324,7 @@ impl Queue {
         self.lock().err = err;
     }
 
-    pub(crate) fn set_inflight(&self, inflight: Option<crate::inflight::Inflight>) {
+    pub(crate) fn set_inflight(&self, inflight: Option<Inflight>) {
         self.lock().ring.inflight = inflight;
     }
 

@@ -8,7 +8,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use crate::inflight::Inflight;
+use super::Inflight;
 use crate::sys::{Area, Memory, Spans};
 
 /// Most descriptors one chain may have; what Linux drivers build stays far below.
