@@ -410,7 +410,6 @@ const HOLD: Raw = Raw {
 };
 
 #[test]
-#[ignore = "known fault: open requests are not bounded by the size of the ring"]
 fn a_driver_cannot_have_more_requests_open_than_its_ring_holds() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.started(EVENT_IDX)?;
@@ -443,7 +442,6 @@ fn sigterm_ends_an_idle_connection() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known fault: the end waits 30 s for each queue"]
 fn sigterm_does_not_wait_long_for_a_request_that_never_ends() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.started(0)?;
@@ -457,7 +455,6 @@ fn sigterm_does_not_wait_long_for_a_request_that_never_ends() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known fault: a half message is waited for without looking at signals"]
 fn sigterm_ends_a_connection_in_the_middle_of_a_message() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.connect()?;
@@ -470,7 +467,6 @@ fn sigterm_ends_a_connection_in_the_middle_of_a_message() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known fault: answers are sent without looking at signals"]
 fn sigterm_ends_a_connection_whose_answers_nobody_reads() -> Result<()> {
     let victim = Victim::start()?;
     victim.connect()?.get(code::GET_FEATURES)?;
@@ -487,7 +483,6 @@ fn sigterm_ends_a_connection_whose_answers_nobody_reads() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known fault: the call descriptor is not checked, and written under the lock"]
 fn an_interrupt_descriptor_that_blocks_does_not_hang_the_device() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.started(0)?;
@@ -511,7 +506,6 @@ fn an_interrupt_descriptor_that_blocks_does_not_hang_the_device() -> Result<()> 
 }
 
 #[test]
-#[ignore = "known fault: any descriptor without a file type passes for an eventfd"]
 fn a_kick_descriptor_that_is_always_readable_is_refused() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.started(0)?;
@@ -527,7 +521,6 @@ fn a_kick_descriptor_that_is_always_readable_is_refused() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known fault: the worker reads a blocking eventfd under the lock"]
 fn a_kick_that_moves_to_another_descriptor_does_not_hang_the_worker() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.started(0)?;
@@ -545,7 +538,6 @@ fn a_kick_that_moves_to_another_descriptor_does_not_hang_the_worker() -> Result<
 }
 
 #[test]
-#[ignore = "known fault: ENABLE 0 does not wait for open requests"]
 fn a_disabled_ring_has_no_open_requests() -> Result<()> {
     // All that libkrun says at a reset of the driver; the guest then uses its memory again.
     let victim = Victim::start()?;
@@ -565,7 +557,6 @@ fn a_disabled_ring_has_no_open_requests() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known fault: SET_VRING_ADDR moves a ring that runs"]
 fn addresses_of_a_running_ring_do_not_change() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.started(0)?;
@@ -579,7 +570,6 @@ fn addresses_of_a_running_ring_do_not_change() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known fault: a table that is not aligned to 8 reads as zeroes"]
 fn an_indirect_table_may_lie_at_any_address() -> Result<()> {
     let victim = Victim::start()?;
     let mut front = victim.started(0)?;

@@ -4,6 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -22,14 +23,15 @@ pub(crate) struct Message {
     pub(crate) fds: Vec<OwnedFd>,
 }
 
-/// A connected socket.
-pub(crate) struct Connection {
+/// A connected socket, and what says that the end is asked for: nothing here waits past that.
+pub(crate) struct Connection<'a> {
     socket: OwnedFd,
+    end: BorrowedFd<'a>,
 }
 
-impl Connection {
-    pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket }
+impl<'a> Connection<'a> {
+    pub(crate) fn new(socket: OwnedFd, end: BorrowedFd<'a>) -> Self {
+        Self { socket, end }
     }
 
     /// The next message; `None` when the front end has closed the connection.
@@ -60,13 +62,18 @@ impl Connection {
         body: &[u8],
         fd: Option<BorrowedFd<'_>>,
     ) -> io::Result<()> {
-        send(self.socket.as_fd(), &reply(header.number, body), fd)
+        send(self.socket.as_fd(), &reply(header.number, body), fd, || {
+            wait(&self.socket, PollFlags::OUT, self.end)
+        })
     }
 
     /// Reads until `out` is full; false when the stream ended before.
     fn fill(&self, out: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
         let mut filled = 0;
         while let Some(rest) = out.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            if !wait(&self.socket, PollFlags::IN, self.end)? {
+                return Ok(false);
+            }
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let received = match recvmsg(
@@ -97,17 +104,37 @@ impl Connection {
     }
 }
 
-impl AsFd for Connection {
+impl AsFd for Connection<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-/// Sends all of `bytes`, the descriptor with the first of them.
+/// Waits until `socket` is ready for `what`; false when the end is asked for first.
+pub(crate) fn wait(socket: impl AsFd, what: PollFlags, end: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut fds = [
+        PollFd::new(&socket, what),
+        PollFd::from_borrowed_fd(end, PollFlags::IN),
+    ];
+    loop {
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => {
+                let [_, end] = &fds;
+                return Ok(end.revents().is_empty());
+            }
+        }
+    }
+}
+
+/// Sends all of `bytes`, the descriptor with the first of them. `wait` waits for room; what it
+/// returns says whether to go on.
 pub(crate) fn send(
     socket: BorrowedFd<'_>,
     mut bytes: &[u8],
     fd: Option<BorrowedFd<'_>>,
+    mut wait: impl FnMut() -> io::Result<bool>,
 ) -> io::Result<()> {
     let mut first = fd.as_slice();
     while !bytes.is_empty() {
@@ -120,9 +147,14 @@ pub(crate) fn send(
             socket,
             &[IoSlice::new(bytes)],
             &mut ancillary,
-            SendFlags::NOSIGNAL,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
         ) {
             Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => {
+                if !wait()? {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+            }
             result => {
                 let sent = result?;
                 bytes = bytes.get(sent..).unwrap_or_default();

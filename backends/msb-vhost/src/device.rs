@@ -39,7 +39,9 @@ impl FrontEnd {
     ///
     /// When the front end has gone.
     pub fn config_changed(&self) -> std::io::Result<()> {
-        crate::connection::send(self.0.as_fd(), &crate::message::config_change(), None)
+        let message = crate::message::config_change();
+        // A front end that has not read so many earlier ones knows already.
+        crate::connection::send(self.0.as_fd(), &message, None, || Ok(false))
     }
 }
 

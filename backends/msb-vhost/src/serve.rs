@@ -9,15 +9,20 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
-use crate::connection::Connection;
-use crate::queue::Queue;
+use crate::connection::{Connection, wait};
+use crate::queue::{PATIENCE, Queue};
 use crate::session::Session;
 use crate::{Device, sys};
+
+/// How long open requests have when the process is told to end: whoever told it may send SIGKILL
+/// soon (vhost-user.rst, "Backend program conventions").
+const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where the front end comes from.
 #[derive(Debug)]
@@ -149,9 +154,12 @@ pub fn serve<D: Device>(
     for queue in &queues {
         queue.end();
     }
+    let deadline = Instant::now() + LAST_PATIENCE;
     for worker in workers {
-        // A worker that panicked has ended the process already.
-        worker.join().ok();
+        // One that hangs in a request of a dead disk ends with the process.
+        while !worker.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
     result
 }
@@ -196,7 +204,7 @@ fn accept_all<D: Device>(
 ) -> io::Result<()> {
     loop {
         let socket = if endpoint.listening {
-            if !wait(&endpoint.socket, end)? {
+            if !wait(&endpoint.socket, PollFlags::IN, end.as_fd())? {
                 return Ok(());
             }
             match accept_with(&endpoint.socket, SocketFlags::CLOEXEC) {
@@ -206,9 +214,18 @@ fn accept_all<D: Device>(
         } else {
             endpoint.socket.try_clone()?
         };
-        let mut session = Session::new(device.as_ref(), queues, Connection::new(socket));
+        let mut session = Session::new(
+            device.as_ref(),
+            queues,
+            Connection::new(socket, end.as_fd()),
+        );
         let go_on = converse(&mut session, end);
-        session.close();
+        let patience = if matches!(go_on, Ok(true)) {
+            PATIENCE
+        } else {
+            LAST_PATIENCE
+        };
+        session.close(patience);
         if !go_on? || !options.reconnect || !endpoint.listening {
             return Ok(());
         }
@@ -218,12 +235,14 @@ fn accept_all<D: Device>(
 /// Handles messages until the front end has gone (true) or the end is asked for (false).
 fn converse<D: Device>(session: &mut Session<'_, D>, end: &OwnedFd) -> io::Result<bool> {
     loop {
-        if !wait(session.connection(), end)? {
+        if !wait(session.connection(), PollFlags::IN, end.as_fd())? {
             return Ok(false);
         }
         match session.handle_message() {
             Ok(true) => {}
-            Ok(false) => return Ok(true),
+            // Either the front end has gone, or the end was asked for in the middle of a message.
+            Ok(false) => return goes_on(end),
+            Err(_) if !goes_on(end)? => return Ok(false),
             Err(error) => {
                 tracing::warn!(%error, "closing the connection of the front end");
                 return Ok(true);
@@ -232,20 +251,8 @@ fn converse<D: Device>(session: &mut Session<'_, D>, end: &OwnedFd) -> io::Resul
     }
 }
 
-/// Waits until `socket` is readable; false when the end is asked for first.
-fn wait(socket: impl AsFd, end: &OwnedFd) -> io::Result<bool> {
-    let mut fds = [
-        PollFd::new(&socket, PollFlags::IN),
-        PollFd::new(end, PollFlags::IN),
-    ];
-    loop {
-        match poll(&mut fds, None) {
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-            Ok(_) => {
-                let [_, end] = &fds;
-                return Ok(end.revents().is_empty());
-            }
-        }
-    }
+/// Whether no end was asked for.
+fn goes_on(end: &OwnedFd) -> io::Result<bool> {
+    let mut fds = [rustix::event::PollFd::new(end, PollFlags::IN)];
+    Ok(rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default()))? == 0)
 }

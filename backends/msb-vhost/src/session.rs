@@ -6,13 +6,14 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::connection::{Connection, Message};
 use crate::device::FrontEnd;
 use crate::message::{Body, Code, RegionMessage, feature};
-use crate::queue::{Addresses, Inflight, Queue, QueueError, stride};
+use crate::queue::{Addresses, Inflight, PATIENCE, Queue, QueueError, stride};
 use crate::sys::{Area, Memory, Region};
 use crate::{ConfigError, Device};
 
@@ -33,7 +34,7 @@ const PROTOCOL_FEATURES: u64 = 1 << 30;
 pub(crate) struct Session<'a, D> {
     device: &'a D,
     queues: &'a [Arc<Queue>],
-    connection: Connection,
+    connection: Connection<'a>,
     memory: Memory,
     protocol: u64,
 }
@@ -69,7 +70,7 @@ enum Answer {
 }
 
 impl<'a, D: Device> Session<'a, D> {
-    pub(crate) fn new(device: &'a D, queues: &'a [Arc<Queue>], connection: Connection) -> Self {
+    pub(crate) fn new(device: &'a D, queues: &'a [Arc<Queue>], connection: Connection<'a>) -> Self {
         Self {
             device,
             queues,
@@ -79,7 +80,7 @@ impl<'a, D: Device> Session<'a, D> {
         }
     }
 
-    pub(crate) fn connection(&self) -> &Connection {
+    pub(crate) fn connection(&self) -> &Connection<'a> {
         &self.connection
     }
 
@@ -111,9 +112,12 @@ impl<'a, D: Device> Session<'a, D> {
     }
 
     /// Stops every queue and makes the device forget its driver.
-    pub(crate) fn close(&mut self) {
+    ///
+    /// All queues together have `patience` for their open requests.
+    pub(crate) fn close(&mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         for queue in self.queues {
-            queue.reset();
+            queue.reset(deadline.saturating_duration_since(Instant::now()));
         }
         self.device.reset();
         self.memory = Memory::default();
@@ -157,7 +161,7 @@ impl<'a, D: Device> Session<'a, D> {
             }
             Code::GetVringBase => {
                 let index = body.u32().ok_or(Refusal::Short)?;
-                let base = u32::from(self.queue(index)?.stop());
+                let base = u32::from(self.queue(index)?.stop(PATIENCE));
                 return Ok(Answer::Bytes(
                     [index.to_ne_bytes(), base.to_ne_bytes()].concat(),
                 ));
@@ -167,7 +171,7 @@ impl<'a, D: Device> Session<'a, D> {
             }
             Code::SetVringEnable => {
                 let (queue, on) = self.queue_and(&mut body)?;
-                queue.enable(on != 0);
+                queue.enable(on != 0, PATIENCE);
             }
             Code::SetBackendReqFd => {
                 let channel = fds.next().ok_or(Refusal::NoDescriptor)?;
@@ -194,7 +198,7 @@ impl<'a, D: Device> Session<'a, D> {
             queue.set_event_idx(features & EVENT_IDX != 0);
             // Without protocol features there is no message to enable a ring.
             if features & PROTOCOL_FEATURES == 0 {
-                queue.enable(true);
+                queue.enable(true, PATIENCE);
             }
         }
         self.device.accept_features(features);
@@ -203,8 +207,8 @@ impl<'a, D: Device> Session<'a, D> {
 
     fn reset_device(&mut self) {
         for queue in self.queues {
-            queue.stop();
-            queue.enable(false);
+            queue.enable(false, PATIENCE);
+            queue.stop(PATIENCE);
         }
         self.device.reset();
     }
@@ -285,8 +289,8 @@ impl<'a, D: Device> Session<'a, D> {
         let queue = self.queue(index)?;
         match code {
             Code::SetVringKick => queue.set_kick(fd)?,
-            Code::SetVringCall => queue.set_call(fd),
-            _ => queue.set_err(fd),
+            Code::SetVringCall => queue.set_call(fd)?,
+            _ => queue.set_err(fd)?,
         }
         Ok(())
     }

@@ -186,11 +186,20 @@ impl Area {
 
     /// Copies a plain value out. The driver may change it meanwhile; the copy is what counts.
     pub(crate) fn copy<T: Plain>(&self, offset: usize) -> T {
-        let Some(field) = self.field::<T>(offset) else {
+        if let Some(field) = self.field::<T>(offset) {
+            // SAFETY: `field` checked bounds and alignment, and any bytes are a valid `T`.
+            return unsafe { ptr::read_volatile(field) };
+        }
+        let inside = offset
+            .checked_add(size_of::<T>())
+            .is_some_and(|end| end <= self.len);
+        if !inside {
             return T::default();
-        };
-        // SAFETY: `field` checked bounds and alignment, and any bytes are a valid `T`.
-        unsafe { ptr::read_volatile(field) }
+        }
+        // An indirect table may lie anywhere (virtio 1.3 section 2.7.5.3.1).
+        let field = self.base.wrapping_add(offset).cast::<T>();
+        // SAFETY: bounds were checked above, and any bytes are a valid `T`.
+        unsafe { ptr::read_unaligned(field) }
     }
 
     pub(crate) fn put<T: Plain>(&self, offset: usize, value: T) {

@@ -7,7 +7,7 @@ mod inflight;
 mod ring;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,8 @@ use crate::sys::Memory;
 /// Finished requests that may wait for one common interrupt while more are being worked on.
 const BATCH: u32 = 16;
 
-/// How long a queue that is being stopped waits for its open requests.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a queue that is being stopped waits for its open requests, unless the end is near.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 const WAKE: u64 = 0;
 const KICK: u64 = 1;
@@ -151,8 +151,10 @@ impl Queue {
                 state.ring.mute();
             }
             state.draining = true;
-            let State { ring, memory, .. } = &mut *state;
-            match ring.next(memory) {
+            let State {
+                ring, memory, open, ..
+            } = &mut *state;
+            match ring.next(memory, *open) {
                 Next::Chain {
                     head,
                     readable,
@@ -201,12 +203,12 @@ impl Queue {
     /// Ends a request that the device has completed.
     pub(crate) fn complete(&self, head: u16, epoch: u32, written: u32) {
         let mut state = self.lock();
+        if state.epoch != epoch {
+            return;
+        }
         state.open = state.open.saturating_sub(1);
         if state.open == 0 {
             self.idle.notify_all();
-        }
-        if state.epoch != epoch {
-            return;
         }
         state.ring.give_back(head, written);
         state.unannounced += 1;
@@ -254,6 +256,9 @@ impl Queue {
     pub(crate) fn set_addresses(&self, at: Addresses) -> Result<(), QueueError> {
         self.settle();
         let mut state = self.lock();
+        if state.started {
+            return Err(QueueError::Busy);
+        }
         let State { ring, memory, .. } = &mut *state;
         let before = ring.addresses.replace(at);
         if ring.place(memory) {
@@ -281,15 +286,13 @@ impl Queue {
         let state = self.lock();
         if state.started && !state.enabled {
             drop(state);
-            self.stop();
+            self.stop(PATIENCE);
         }
     }
 
     /// Takes the descriptor through which the driver kicks, and starts the ring.
     pub(crate) fn set_kick(&self, kick: Option<OwnedFd>) -> Result<(), QueueError> {
-        if kick.as_ref().is_some_and(|kick| !is_eventfd(kick)) {
-            return Err(QueueError::NoEventfd);
-        }
+        accept_event(kick.as_ref())?;
         let mut state = self.lock();
         self.drop_kick(&mut state);
         if let Some(kick) = &kick {
@@ -311,37 +314,47 @@ impl Queue {
         Ok(())
     }
 
-    pub(crate) fn set_call(&self, call: Option<OwnedFd>) {
+    pub(crate) fn set_call(&self, call: Option<OwnedFd>) -> Result<(), QueueError> {
+        accept_event(call.as_ref())?;
         let mut state = self.lock();
         state.call = call;
         // An interrupt that had nowhere to go is not lost.
         if let Some(call) = state.call.as_ref().filter(|_| state.started) {
             signal(call);
         }
+        Ok(())
     }
 
-    pub(crate) fn set_err(&self, err: Option<OwnedFd>) {
+    pub(crate) fn set_err(&self, err: Option<OwnedFd>) -> Result<(), QueueError> {
+        accept_event(err.as_ref())?;
         self.lock().err = err;
+        Ok(())
     }
 
     pub(crate) fn set_inflight(&self, inflight: Option<Inflight>) {
         self.lock().ring.inflight = inflight;
     }
 
-    /// Enables or disables the ring. A kick that came while it was disabled is not lost.
-    pub(crate) fn enable(&self, on: bool) {
-        self.lock().enabled = on;
+    /// Enables or disables the ring. A kick that came while it was disabled is not lost; once it
+    /// is disabled no request is open, for the driver may use its memory for something else.
+    pub(crate) fn enable(&self, on: bool, patience: Duration) {
+        let mut state = self.lock();
+        state.enabled = on;
         if on {
+            drop(state);
             self.wake();
+        } else {
+            drop(self.wait_idle(state, patience));
         }
     }
 
-    /// Stops the ring, waits for its open requests, and returns where it stands.
-    pub(crate) fn stop(&self) -> u16 {
-        let mut state = self.lock();
-        state.started = false;
-        self.drop_kick(&mut state);
-        let deadline = Instant::now() + PATIENCE;
+    /// Waits until no request is open; gives up after `patience`.
+    fn wait_idle<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        patience: Duration,
+    ) -> MutexGuard<'a, State> {
+        let deadline = Instant::now() + patience;
         while state.open > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -354,18 +367,29 @@ impl Queue {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+        state
+    }
+
+    /// Stops the ring, waits for its open requests, and returns where it stands.
+    pub(crate) fn stop(&self, patience: Duration) -> u16 {
+        let mut state = self.lock();
+        state.started = false;
+        self.drop_kick(&mut state);
+        let mut state = self.wait_idle(state, patience);
         if state.unannounced > 0 {
             state.announce();
         }
+        // What is still open has nowhere to go any more, and is not counted among later ones.
         state.epoch = state.epoch.wrapping_add(1);
+        state.open = 0;
         state.call = None;
         state.err = None;
         state.ring.next_available
     }
 
     /// Forgets the ring, for the next front end.
-    pub(crate) fn reset(&self) {
-        self.stop();
+    pub(crate) fn reset(&self, patience: Duration) {
+        self.stop(patience);
         let mut state = self.lock();
         let size = state.ring.size;
         state.ring = Ring::new(size);
@@ -426,8 +450,21 @@ fn signal(event: &OwnedFd) {
     rustix::io::write(event, &1_u64.to_ne_bytes()).ok();
 }
 
-/// An eventfd has no type in its mode, unlike pipes, sockets and devices.
-fn is_eventfd(fd: &OwnedFd) -> bool {
-    rustix::fs::fstat(fd.as_fd())
-        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown)
+/// Takes a descriptor if it is an eventfd, and makes sure that it never blocks: it is read and
+/// written under the lock of the queue.
+fn accept_event(fd: Option<&OwnedFd>) -> Result<(), QueueError> {
+    let Some(fd) = fd else {
+        return Ok(());
+    };
+    let plain = rustix::fs::fstat(fd)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown);
+    // Of all files without a type only an eventfd takes eight zero bytes, and they change nothing.
+    let counts = plain && rustix::io::write(fd, &[0; 8]) == Ok(8);
+    let flags = rustix::fs::fcntl_getfl(fd).map_err(|_| QueueError::NoEventfd)?;
+    let set = rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK);
+    if counts && set.is_ok() {
+        Ok(())
+    } else {
+        Err(QueueError::NoEventfd)
+    }
 }

@@ -126,8 +126,8 @@ impl Ring {
         }
     }
 
-    /// Takes the next chain.
-    pub(crate) fn next(&mut self, memory: &Memory) -> Next {
+    /// Takes the next chain, when `open` others have not been given back.
+    pub(crate) fn next(&mut self, memory: &Memory, open: u32) -> Next {
         let Some(parts) = self.parts.as_ref().filter(|_| !self.broken) else {
             return Next::Empty;
         };
@@ -139,7 +139,8 @@ impl Ring {
                 if waiting == 0 {
                     return Next::Empty;
                 }
-                if waiting > self.size {
+                // Each open request holds one descriptor at least.
+                if waiting > self.size || open >= u32::from(self.size) {
                     self.broken = true;
                     return Next::Broken;
                 }
