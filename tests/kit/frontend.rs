@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::retry_on_intr;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -441,12 +442,10 @@ impl FrontEnd {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut slices = [IoSliceMut::new(&mut header)];
-        let received = recvmsg(
-            &self.socket,
-            &mut slices,
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
+        let received = retry_on_intr(|| {
+            let flags = RecvFlags::CMSG_CLOEXEC;
+            recvmsg(&self.socket, &mut slices, &mut ancillary, flags)
+        })?;
         ensure!(received.bytes == 12, "the device has closed the connection");
         let mut fds = Vec::new();
         for message in ancillary.drain() {
@@ -615,7 +614,8 @@ impl FrontEnd {
             tv_sec: i64::try_from(limit.as_secs())?,
             tv_nsec: i64::from(limit.subsec_nanos()),
         };
-        let ready = poll(&mut [PollFd::new(call, PollFlags::IN)], Some(&limit))?;
+        // A fuzzer's timer interrupts whatever waits.
+        let ready = retry_on_intr(|| poll(&mut [PollFd::new(call, PollFlags::IN)], Some(&limit)))?;
         if ready > 0 {
             rustix::io::read(call, &mut [0_u8; 8])?;
         }
