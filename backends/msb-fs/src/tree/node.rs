@@ -180,9 +180,4 @@ impl NodeTable {
         maps.by_id.retain(|id, _| *id == ROOT_ID);
         maps.by_key.retain(|_, node| node.id == ROOT_ID);
     }
-
-    #[cfg(test)]
-    pub(crate) fn len(&self) -> usize {
-        self.maps.read().unwrap().by_id.len()
-    }
 }
