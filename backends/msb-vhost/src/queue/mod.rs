@@ -56,6 +56,8 @@ struct State {
     /// The worker is emptying the ring and will look after the interrupt.
     draining: bool,
     unannounced: u32,
+    /// Somebody waits for the last open request; to notify costs a system call.
+    awaited: bool,
 }
 
 /// A change that the front end asked for and that cannot be.
@@ -95,6 +97,7 @@ impl Queue {
                 epoch: 0,
                 draining: false,
                 unannounced: 0,
+                awaited: false,
             }),
             idle: Condvar::new(),
             epoll: events,
@@ -207,7 +210,7 @@ impl Queue {
             return;
         }
         state.open = state.open.saturating_sub(1);
-        if state.open == 0 {
+        if state.open == 0 && state.awaited {
             self.idle.notify_all();
         }
         state.ring.give_back(head, written);
@@ -354,6 +357,7 @@ impl Queue {
         mut state: MutexGuard<'a, State>,
         patience: Duration,
     ) -> MutexGuard<'a, State> {
+        state.awaited = true;
         let deadline = Instant::now() + patience;
         while state.open > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -367,6 +371,7 @@ impl Queue {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+        state.awaited = false;
         state
     }
 
