@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
+use msb_vhost::jail::{SandboxMode, UnknownMode};
 use tracing::level_filters::LevelFilter;
 
 use crate::device::TAG_LEN;
@@ -96,9 +97,12 @@ pub struct Args {
     #[arg(long)]
     pub reconnect: bool,
 
-    /// How the process locks itself in before it serves.
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    pub sandbox: String,
+    /// How the process locks itself in before it serves: strict (all layers, or it does not
+    /// start), best-effort (what the host allows; virtiofsd's `namespace` and `chroot` mean the
+    /// same), audit (strict, but system calls that are not expected are only logged by the kernel)
+    /// or none.
+    #[arg(long, value_name = "MODE", default_value = "best-effort", value_parser = sandbox_mode)]
+    pub sandbox: SandboxMode,
 
     /// off, error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
@@ -245,6 +249,8 @@ pub struct Config {
     pub reconnect: bool,
     /// Whether the process ends with its parent.
     pub exit_with_parent: bool,
+    /// How the process locks itself in.
+    pub sandbox: SandboxMode,
 }
 
 /// Flags that do not go together.
@@ -318,6 +324,7 @@ impl TryFrom<Args> for Config {
                 submounts: args.announce_submounts && !args.no_announce_submounts,
             },
             exclusive: args.exclusive,
+            sandbox: args.sandbox,
             tag: args.tag,
             request_queues: args.num_request_queues,
             queue_size: args.queue_size,
@@ -369,6 +376,14 @@ fn owner(text: &str) -> Result<(u32, u32), String> {
         Ok(number) => Ok(number),
     };
     Ok((number(uid)?, number(gid)?))
+}
+
+/// Reads a mode of the sandbox, in our words or virtiofsd's.
+fn sandbox_mode(text: &str) -> Result<SandboxMode, String> {
+    match text {
+        "namespace" | "chroot" => Ok(SandboxMode::BestEffort),
+        word => word.parse().map_err(|error: UnknownMode| error.to_string()),
+    }
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {

@@ -8,6 +8,7 @@
 
 pub mod args;
 pub mod device;
+pub mod sandbox;
 pub mod session;
 mod sys;
 pub mod tree;

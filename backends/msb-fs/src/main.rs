@@ -11,10 +11,15 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use msb_fs::args::{Args, CAPABILITIES, Config, Socket};
 use msb_fs::device::FsDevice;
+use msb_fs::sandbox;
 use msb_fs::session::Session;
 use msb_fs::tree::Tree;
+use msb_vhost::jail;
 use msb_vhost::{Endpoint, Options};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Limit of descriptors where the host sets none.
+const OPEN_FILES: u64 = 1 << 20;
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -63,6 +68,24 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
         Socket::Path(path) => Endpoint::bind(path)?,
         Socket::Descriptor(fd) => Endpoint::from_fd(*fd)?,
     };
+    let place = tree.place()?;
+    let rules = *tree.rules();
+    let jail = sandbox::jail(
+        config.sandbox,
+        place,
+        rules.readonly,
+        rules.ownership.mode,
+        getrlimit(Resource::Nofile).maximum.unwrap_or(OPEN_FILES),
+    );
+    let mut report = jail::enter(jail)?;
+    let (Some(share), Some(descriptors)) = (report.share.take(), report.descriptors.take()) else {
+        return Err("the share was lost on the way into the sandbox".into());
+    };
+    let tree = tree.settle(share, descriptors)?;
+    report.seal(&sandbox::calls(rules.readonly))?;
+    for missing in &report.missing {
+        tracing::warn!("{}", chain(missing));
+    }
     let session = Session::new(tree, config.exclusive);
     let device = FsDevice::new(
         session,

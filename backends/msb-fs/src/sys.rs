@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Stat};
 use rustix::io::Errno;
@@ -36,9 +37,28 @@ pub(crate) fn stat_in(dir: impl AsFd, name: &CStr) -> Result<Stat, Errno> {
     rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT)
 }
 
+/// Set once the working directory is the folder of descriptors; like it, this is the process's.
+static BESIDE: AtomicBool = AtomicBool::new(false);
+
+/// Makes the folder of this process's descriptors the working directory. A jailed process has no
+/// /proc to name it by.
+///
+/// # Errors
+///
+/// What fchdir(2) reports.
+pub(crate) fn work_beside_descriptors(folder: impl AsFd) -> Result<(), Errno> {
+    rustix::process::fchdir(folder)?;
+    BESIDE.store(true, Ordering::Relaxed);
+    Ok(())
+}
+
 /// The path by which the kernel reaches the file behind a descriptor again.
 pub(crate) fn fd_path(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
+    if BESIDE.load(Ordering::Relaxed) {
+        fd.as_raw_fd().to_string()
+    } else {
+        format!("/proc/self/fd/{}", fd.as_raw_fd())
+    }
 }
 
 /// Opens the file behind `fd` once more. The caller knows that it is a regular file or directory.

@@ -12,7 +12,7 @@ mod xattr;
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -198,6 +198,41 @@ impl Tree {
             rules,
             single,
         })
+    }
+
+    /// The directory that is served, or that of the single file.
+    ///
+    /// # Errors
+    ///
+    /// When no more descriptors can be had.
+    pub fn place(&self) -> io::Result<OwnedFd> {
+        match &self.single {
+            Some(single) => single.parent.try_clone(),
+            None => match self.nodes.get(ROOT_ID) {
+                Some(root) => root.file.try_clone(),
+                None => Err(io::ErrorKind::NotFound.into()),
+            },
+        }
+    }
+
+    /// Serves the same directory from inside the jail: `share` is the view of it there, and
+    /// `descriptors` the folder of the process's own descriptors.
+    ///
+    /// # Errors
+    ///
+    /// When the new view cannot be used.
+    pub fn settle(mut self, share: OwnedFd, descriptors: impl AsFd) -> io::Result<Self> {
+        sys::work_beside_descriptors(descriptors)?;
+        let stat = rustix::fs::fstat(&share)?;
+        let access = match &mut self.single {
+            Some(single) => {
+                single.parent = share.try_clone()?;
+                Access::Path
+            }
+            None => Access::Read,
+        };
+        self.nodes = NodeTable::new(Node::new(ROOT_ID, &stat, share, access));
+        Ok(self)
     }
 
     /// How the tree is served.

@@ -1,0 +1,98 @@
+//! What a file server may still do once it serves: work on the files below its one directory.
+
+use std::os::fd::OwnedFd;
+
+use msb_vhost::jail::{Call, CapabilitySet, Check, Identity, Jail, Root, SandboxMode};
+
+use crate::tree::StatVirt;
+
+/// The jail of a file server for the share behind `source`. `open_files` bounds the descriptors.
+pub fn jail(
+    mode: SandboxMode,
+    source: OwnedFd,
+    read_only: bool,
+    ownership: StatVirt,
+    open_files: u64,
+) -> Jail {
+    Jail {
+        mode,
+        root: Root::Share { source, read_only },
+        identity: Identity::Keep(capabilities(read_only, ownership)),
+        open_files,
+    }
+}
+
+/// What a server that root started keeps, in a user namespace of its own: files of the share may
+/// belong to anybody. Only `off` gives files to others.
+fn capabilities(read_only: bool, ownership: StatVirt) -> CapabilitySet {
+    let mut kept = CapabilitySet::DAC_READ_SEARCH;
+    if !read_only {
+        kept |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER;
+        if ownership == StatVirt::Off {
+            kept |= CapabilitySet::CHOWN | CapabilitySet::FSETID;
+        }
+    }
+    kept
+}
+
+/// The system calls of the file server, beyond those every backend has. A read-only share has
+/// none that changes a file.
+pub fn calls(read_only: bool) -> Vec<Call> {
+    let mut calls = READING.to_vec();
+    if !read_only {
+        calls.extend_from_slice(WRITING);
+    }
+    calls
+}
+
+/// `*at` calls take a directory that is open, or the folder of descriptors that is the working
+/// directory; the root directory is the share.
+const READING: &[Call] = &[
+    Call::any(libc::SYS_openat),
+    Call::any(libc::SYS_openat2),
+    Call::any(libc::SYS_newfstatat),
+    Call::any(libc::SYS_readlinkat),
+    Call::any(libc::SYS_getdents64),
+    Call::any(libc::SYS_pread64),
+    Call::any(libc::SYS_preadv),
+    Call::any(libc::SYS_preadv2),
+    Call::any(libc::SYS_getxattr),
+    Call::any(libc::SYS_fgetxattr),
+    Call::any(libc::SYS_listxattr),
+    Call::any(libc::SYS_flistxattr),
+    Call::any(libc::SYS_fstatfs),
+    Call::any(libc::SYS_statfs),
+    Call::any(libc::SYS_fsync),
+    Call::any(libc::SYS_fdatasync),
+    Call::any(libc::SYS_syncfs),
+    Call::any(libc::SYS_fadvise64),
+    Call::any(libc::SYS_geteuid),
+    Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_DUPFD as u64)),
+];
+
+const WRITING: &[Call] = &[
+    Call::any(libc::SYS_pwrite64),
+    Call::any(libc::SYS_pwritev),
+    Call::any(libc::SYS_pwritev2),
+    Call::any(libc::SYS_fallocate),
+    Call::any(libc::SYS_ftruncate),
+    Call::any(libc::SYS_copy_file_range),
+    Call::any(libc::SYS_mkdirat),
+    Call::any(libc::SYS_mknodat).only(Check::masked(2, S_IFMT, 0)),
+    Call::any(libc::SYS_mknodat).only(Check::masked(2, S_IFMT, libc::S_IFREG as u64)),
+    Call::any(libc::SYS_symlinkat),
+    Call::any(libc::SYS_linkat),
+    Call::any(libc::SYS_unlinkat),
+    Call::any(libc::SYS_renameat2),
+    Call::any(libc::SYS_fchmod),
+    Call::any(libc::SYS_fchmodat),
+    Call::any(libc::SYS_fchown),
+    Call::any(libc::SYS_fchownat),
+    Call::any(libc::SYS_utimensat),
+    Call::any(libc::SYS_setxattr),
+    Call::any(libc::SYS_fsetxattr),
+    Call::any(libc::SYS_removexattr),
+    Call::any(libc::SYS_fremovexattr),
+];
+
+const S_IFMT: u64 = libc::S_IFMT as u64;
