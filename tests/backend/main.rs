@@ -1,4 +1,6 @@
 //! Each backend over its socket, without a VM.
 
+mod blk;
 mod conformance;
+mod fs;
 mod hostile;
