@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 pub(crate) use sandbox::{
-    Copy, Create, Exec, ImageCommand, Inspect, LogSource, Logs, Processes, Remove, Restart, Run,
+    Create, Exec, ImageCommand, Inspect, LogSource, Logs, Processes, Remove, Restart, Run,
     SandboxFlags, Sandboxes, Selection, Start, Stop, Supervise, Tied,
 };
 pub(crate) use volume::{VolumeCommand, VolumeCreate, VolumeInspect, VolumeList, VolumeRemove};
@@ -65,10 +65,6 @@ pub(crate) enum Command {
     /// Remove sandboxes
     #[command(visible_alias = "remove")]
     Rm(Remove),
-    /// Copy files between the host and a sandbox
-    Cp(Copy),
-    /// Show how much disk space is used
-    Df(Format),
     /// Look for what is missing on this machine and say how to get it
     Doctor(Format),
     /// Print what would be done for a sandbox, as JSON, without doing it

@@ -299,19 +299,6 @@ pub(crate) enum LogSource {
     System,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct Copy {
-    /// From: a host path, or NAME:/path in a sandbox
-    #[arg(value_name = "SOURCE")]
-    pub(crate) source: String,
-    /// To: a host path, or NAME:/path in a sandbox
-    #[arg(value_name = "DEST")]
-    pub(crate) dest: String,
-    /// Print nothing
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
-}
-
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
     /// Unpack an archive (docker save, OCI layout or root file system tar) into the local store

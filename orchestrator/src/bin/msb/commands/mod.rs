@@ -63,10 +63,9 @@ async fn dispatch(command: Command) -> Result<ExitCode, Error> {
         Command::Plan(flags) => machine::plan(&flags),
         Command::Doctor(format) => machine::doctor(format),
         Command::Completion { shell } => machine::completion(shell),
-        // Verbs whose module is still to come.
-        other => Err(Error::new(
+        Command::Supervise(_) | Command::Tied(_) => Err(Error::new(
             ErrorKind::Unsupported,
-            format!("not there yet: {other:?}"),
+            "this verb is a process of its own",
         )),
     }
 }
