@@ -9,6 +9,8 @@ SHELL := /bin/bash
 GUEST ?= $(CURDIR)/target/guest
 TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 PREFIX ?= /usr/local
+# Where QEMU's management programs look for back ends; they know no /usr/local.
+DISCOVERY ?= $(if $(filter /usr,$(PREFIX)),/usr/share,/etc)/qemu/vhost-user
 BINARIES := msb msb-fs msb-blk
 
 export MSB_KERNEL ?= $(GUEST)/kernel
@@ -66,6 +68,11 @@ install: build
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/libexec/microsandbox' '$(DESTDIR)$(PREFIX)/lib/microsandbox'
 	install -m 755 $(BINARIES:%='$(TARGET)/release/%') '$(DESTDIR)$(PREFIX)/bin'
 	install -m 755 '$(TARGET)/release/msb-agent' '$(DESTDIR)$(PREFIX)/libexec/microsandbox'
+	ln -sf ../../bin/msb-fs '$(DESTDIR)$(PREFIX)/libexec/microsandbox/virtiofsd'
+	install -d '$(DESTDIR)$(DISCOVERY)'
+	sed 's|/usr/libexec|$(PREFIX)/libexec|' backends/msb-fs/60-msb-fs.json >'$(DESTDIR)$(DISCOVERY)/60-msb-fs.json'
+	sed 's|/usr/libexec|$(PREFIX)/bin|' backends/msb-blk/60-msb-blk.json >'$(DESTDIR)$(DISCOVERY)/60-msb-blk.json'
+	chmod 644 '$(DESTDIR)$(DISCOVERY)/60-msb-fs.json' '$(DESTDIR)$(DISCOVERY)/60-msb-blk.json'
 	cp -a '$(MSB_KERNEL)' '$(DESTDIR)$(PREFIX)/lib/microsandbox/kernel'
 
 clean:

@@ -10,6 +10,7 @@ pub mod args;
 pub mod device;
 pub mod sandbox;
 pub mod session;
+pub mod socket;
 mod sys;
 pub mod tree;
 pub mod wire;

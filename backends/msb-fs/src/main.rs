@@ -7,12 +7,13 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use clap::CommandFactory;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser};
 use msb_fs::args::{Args, CAPABILITIES, Config, Socket};
 use msb_fs::device::FsDevice;
 use msb_fs::sandbox;
 use msb_fs::session::Session;
+use msb_fs::socket::{self, PidFile};
 use msb_fs::tree::Tree;
 use msb_vhost::jail;
 use msb_vhost::{Endpoint, Options};
@@ -22,7 +23,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const OPEN_FILES: u64 = 1 << 20;
 
 fn main() -> ExitCode {
-    let args = match Args::try_parse() {
+    let args = match Args::of_process() {
         Ok(args) => args,
         Err(error) => {
             error.print().ok();
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
         writeln!(std::io::stdout(), "{CAPABILITIES}").ok();
         return ExitCode::SUCCESS;
     }
-    msb_vhost::start_log(args.log_level);
+    msb_vhost::start_log(args.log_level());
     let config = match Config::try_from(args) {
         Ok(config) => config,
         Err(error) => {
@@ -62,11 +63,21 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
     if config.exit_with_parent {
         msb_vhost::exit_with_parent()?;
     }
+    for remark in &config.remarks {
+        tracing::warn!("{remark}");
+    }
     raise_limits();
     let tree = Tree::new(&config.source, config.rules)?;
-    let endpoint = match &config.socket {
-        Socket::Path(path) => Endpoint::bind(path)?,
-        Socket::Descriptor(fd) => Endpoint::from_fd(*fd)?,
+    let (endpoint, _pid_file) = match &config.socket {
+        Socket::Path(path) => {
+            let pid_file = PidFile::beside(path)?;
+            let endpoint = Endpoint::bind(path)?;
+            if let Some(group) = &config.socket_group {
+                socket::open_to_group(path, group)?;
+            }
+            (endpoint, Some(pid_file))
+        }
+        Socket::Descriptor(fd) => (Endpoint::from_fd(*fd)?, None),
     };
     let place = tree.place()?;
     let rules = *tree.rules();

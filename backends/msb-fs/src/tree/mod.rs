@@ -79,6 +79,10 @@ pub struct Rules {
     pub writeback: bool,
     /// Mount points below the root are announced to the guest.
     pub submounts: bool,
+    /// Access control lists are served, and default ones applied to new files.
+    pub lists: bool,
+    /// File locks of the guest are those of the host as well.
+    pub locks: bool,
 }
 
 /// The source cannot be served.

@@ -1,14 +1,17 @@
 //! The command line: what was typed, and what follows from it.
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use msb_vhost::jail::{SandboxMode, UnknownMode};
 use tracing::level_filters::LevelFilter;
 
 use crate::device::TAG_LEN;
-use crate::tree::{Caching, Ownership, Rules, Source, StatVirt};
+
+mod config;
+
+pub use config::{ArgsError, Config, Quota, Socket};
 
 /// Serves a host directory or file to a virtual machine over vhost-user-fs.
 #[derive(Debug, Parser)]
@@ -41,9 +44,10 @@ pub struct Args {
     #[arg(long)]
     pub readonly: bool,
 
-    /// How ownership and modes in the guest are kept apart from those of the host.
-    #[arg(long, value_enum, default_value_t = StatVirtArg::Strict)]
-    pub stat_virt: StatVirtArg,
+    /// How ownership and modes in the guest are kept apart from those of the host: strict, unless
+    /// the program was started under the name virtiofsd, which has always been off.
+    #[arg(long, value_enum)]
+    pub stat_virt: Option<StatVirtArg>,
 
     /// Whether the host's files keep 0600 and 0700, or get the guest's permission bits as well.
     #[arg(long, value_enum, default_value_t = HostPermsArg::Private)]
@@ -77,9 +81,27 @@ pub struct Args {
     #[arg(long)]
     pub no_announce_submounts: bool,
 
-    /// Limit of the space used, in bytes. Accepted; not enforced yet.
-    #[arg(long, value_name = "BYTES")]
+    /// Limit of the space that the files of the directory take, in bytes or with K, M, G or T.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
     pub quota: Option<u64>,
+
+    /// File that holds the account of the quota, made when absent. All servers of one directory
+    /// name the same file; without it this server counts alone.
+    #[arg(long, value_name = "PATH", requires = "quota")]
+    pub quota_file: Option<PathBuf>,
+
+    /// Who sees the guest's file locks: itself alone, or host and other guests as well.
+    #[arg(long, value_enum, default_value_t = LocksArg::Guest)]
+    pub locks: LocksArg,
+
+    /// Serve access control lists, and apply default ones to new files.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        value_name = "BOOL")]
+    pub posix_acl: Option<bool>,
+
+    /// Group that may connect to the socket.
+    #[arg(long, value_name = "GROUP", requires = "socket_path")]
+    pub socket_group: Option<String>,
 
     /// Number of request queues.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=63))]
@@ -112,8 +134,12 @@ pub struct Args {
     #[arg(long)]
     pub print_capabilities: bool,
 
+    /// Tell more: the same as --log-level debug.
+    #[arg(short = 'd', hide = true)]
+    pub debug: bool,
+
     /// Options in the manner of older programs: source=DIR, cache=MODE, announce_submounts,
-    /// writeback.
+    /// writeback, posix_acl, flock, posix_lock.
     #[arg(short = 'o', value_name = "LIST", hide = true)]
     pub options: Vec<String>,
 
@@ -127,13 +153,9 @@ pub struct Args {
 #[allow(missing_docs, reason = "named and described by virtiofsd")]
 pub struct Ignored {
     #[arg(long, hide = true)]
-    pub socket_group: Option<String>,
-    #[arg(long, hide = true)]
     pub thread_pool_size: Option<u32>,
     #[arg(long, hide = true)]
     pub xattr: bool,
-    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "")]
-    pub posix_acl: Option<String>,
     #[arg(long, hide = true)]
     pub xattrmap: Option<String>,
     #[arg(long, hide = true)]
@@ -152,8 +174,6 @@ pub struct Ignored {
     pub syslog: bool,
     #[arg(long, hide = true)]
     pub rlimit_nofile: Option<u64>,
-    #[arg(short = 'd', hide = true)]
-    pub debug: bool,
     #[arg(short = 'f', hide = true)]
     pub foreground: bool,
     #[arg(long, hide = true)]
@@ -202,6 +222,16 @@ pub enum HostPermsArg {
     Mirror,
 }
 
+/// A kind of lock keeping as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LocksArg {
+    /// The guest's kernel.
+    #[value(alias = "none")]
+    Guest,
+    /// The host's kernel.
+    Host,
+}
+
 /// A cache mode as typed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CacheArg {
@@ -219,142 +249,109 @@ pub enum CacheArg {
 /// What [`Args::print_capabilities`] asks for.
 pub const CAPABILITIES: &str = r#"{"type":"fs","features":["separate-options"]}"#;
 
-/// Where the front end comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Socket {
-    /// It connects to this path.
-    Path(PathBuf),
-    /// It connects to this inherited socket.
-    Descriptor(RawFd),
-}
-
-/// What follows from the flags.
-#[derive(Debug)]
-pub struct Config {
-    /// Where the front end comes from.
-    pub socket: Socket,
-    /// What is served.
-    pub source: Source,
-    /// How it is served.
-    pub rules: Rules,
-    /// Nobody else changes it.
-    pub exclusive: bool,
-    /// Its name.
-    pub tag: [u8; TAG_LEN],
-    /// Number of request queues.
-    pub request_queues: u16,
-    /// Largest size of a queue.
-    pub queue_size: u16,
-    /// Whether another front end may follow.
-    pub reconnect: bool,
-    /// Whether the process ends with its parent.
-    pub exit_with_parent: bool,
-    /// How the process locks itself in.
-    pub sandbox: SandboxMode,
-}
-
-/// Flags that do not go together.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ArgsError {
-    /// Nothing to serve.
-    #[error("one of --shared-dir and --shared-file is required")]
-    Source,
-    /// Nowhere to listen.
-    #[error("one of --socket-path and --fd is required")]
-    Socket,
-    /// Without virtualisation the host has the guest's permission bits anyway.
-    #[error("--host-perms mirror needs --stat-virt strict or relaxed")]
-    Mirror,
-    /// Without virtualisation the owners are those of the host.
-    #[error("--owner needs --stat-virt strict or relaxed")]
-    Owner,
-    /// An option of `-o` that nobody knows.
-    #[error("unknown option {0:?} after -o")]
-    Option(String),
-}
-
-impl TryFrom<Args> for Config {
-    type Error = ArgsError;
-
-    fn try_from(mut args: Args) -> Result<Self, ArgsError> {
-        args.apply_options()?;
-        let socket = match (args.socket_path, args.fd) {
-            (Some(path), _) => Socket::Path(path),
-            (None, Some(fd)) => Socket::Descriptor(fd),
-            (None, None) => return Err(ArgsError::Socket),
-        };
-        let source = match (args.shared_dir, args.shared_file) {
-            (Some(path), _) => Source::Directory(path),
-            (None, Some(path)) => Source::File(path),
-            (None, None) => return Err(ArgsError::Source),
-        };
-        let mode = match args.stat_virt {
-            StatVirtArg::Strict => StatVirt::Strict,
-            StatVirtArg::Relaxed => StatVirt::Relaxed,
-            StatVirtArg::Off => StatVirt::Off,
-        };
-        let mirror = args.host_perms == HostPermsArg::Mirror;
-        if mode == StatVirt::Off && mirror {
-            return Err(ArgsError::Mirror);
-        }
-        if mode == StatVirt::Off && args.owner.is_some() {
-            return Err(ArgsError::Owner);
-        }
-        let caching = match args.cache {
-            Some(CacheArg::Never) => Caching::Never,
-            Some(CacheArg::Metadata) => Caching::Metadata,
-            Some(CacheArg::Always) => Caching::Always,
-            Some(CacheArg::Auto) => Caching::Auto,
-            None if args.exclusive => Caching::Always,
-            None => Caching::Auto,
-        };
-        Ok(Self {
-            socket,
-            source,
-            rules: Rules {
-                readonly: args.readonly,
-                ownership: Ownership {
-                    mode,
-                    mirror,
-                    default_owner: args.default_owner,
-                    owner: args.owner,
-                },
-                caching,
-                writeback: args.writeback,
-                submounts: args.announce_submounts && !args.no_announce_submounts,
-            },
-            exclusive: args.exclusive,
-            sandbox: args.sandbox,
-            tag: args.tag,
-            request_queues: args.num_request_queues,
-            queue_size: args.queue_size,
-            reconnect: args.reconnect,
-            exit_with_parent: args.exit_with_parent,
-        })
-    }
-}
-
 impl Args {
+    /// Reads the command line of this process. Under the name virtiofsd, which management programs
+    /// know, it does what that program does: owners and modes are the host's.
+    ///
+    /// # Errors
+    ///
+    /// What [`Parser::try_parse_from`] reports, help and version included.
+    pub fn of_process() -> Result<Self, clap::Error> {
+        // Whoever asks for the capabilities gets them, whatever else the line says.
+        if std::env::args_os().any(|word| word == "--print-capabilities") {
+            return Self::try_parse_from(["msb-fs", "--print-capabilities"]);
+        }
+        let mut args = Self::try_parse()?;
+        let name = std::env::args_os().next().map(PathBuf::from);
+        let name = name.as_deref().and_then(Path::file_name);
+        if name.is_some_and(|name| name.as_encoded_bytes().starts_with(b"virtiofsd")) {
+            args.stat_virt.get_or_insert(StatVirtArg::Off);
+        }
+        Ok(args)
+    }
+
+    /// How much is told.
+    pub fn log_level(&self) -> LevelFilter {
+        let more = self.debug && self.log_level < LevelFilter::DEBUG;
+        if more {
+            LevelFilter::DEBUG
+        } else {
+            self.log_level
+        }
+    }
+
     /// Takes over what `-o` lists say.
     fn apply_options(&mut self) -> Result<(), ArgsError> {
-        for option in self.options.iter().flat_map(|list| list.split(',')) {
+        let lists = std::mem::take(&mut self.options);
+        for option in lists.iter().flat_map(|list| list.split(',')) {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            let unknown = || ArgsError::Option(option.to_owned());
             match name {
                 "source" => self.shared_dir = Some(value.into()),
                 "cache" => {
-                    let cache = CacheArg::from_str(value, false);
-                    self.cache = Some(cache.map_err(|_| ArgsError::Option(option.to_owned()))?);
+                    self.cache = Some(CacheArg::from_str(value, false).map_err(|_| unknown())?);
                 }
+                "sandbox" => self.sandbox = sandbox_mode(value).map_err(|_| unknown())?,
+                "log_level" => self.log_level = value.parse().map_err(|_| unknown())?,
                 "announce_submounts" => self.announce_submounts = true,
+                "no_announce_submounts" => self.no_announce_submounts = true,
                 "writeback" => self.writeback = true,
-                "sandbox" | "xattr" | "no_xattr" | "flock" | "no_flock" | "posix_lock"
-                | "no_posix_lock" | "allow_direct_io" | "no_writeback" | "modcaps"
-                | "log_level" | "timeout" | "" => {}
-                _ => return Err(ArgsError::Option(option.to_owned())),
+                "no_writeback" => self.writeback = false,
+                "flock" | "posix_lock" => self.locks = LocksArg::Host,
+                "posix_acl" => self.posix_acl = Some(true),
+                "no_posix_acl" => self.posix_acl = Some(false),
+                "xattrmap" => self.ignored.xattrmap = Some(value.to_owned()),
+                "no_flock" | "no_posix_lock" | "xattr" | "no_xattr" | "readdirplus"
+                | "no_readdirplus" | "allow_direct_io" | "no_allow_direct_io" | "killpriv_v2"
+                | "no_killpriv_v2" | "security_label" | "no_security_label" | "modcaps"
+                | "rlimit_nofile" | "thread_pool_size" | "timeout" | "" => {}
+                _ => return Err(unknown()),
             }
         }
         Ok(())
     }
+
+    /// What changes nothing here although whoever typed it may count on it.
+    fn remarks(&self) -> Vec<&'static str> {
+        let mut remarks = Vec::new();
+        if self.ignored.xattrmap.is_some() {
+            remarks.push(
+                "--xattrmap is not applied: --stat-virt strict and relaxed keep security.* and \
+                 trusted.* below user.msb., off uses the host's names",
+            );
+        }
+        let mapped = [
+            &self.ignored.uid_map,
+            &self.ignored.gid_map,
+            &self.ignored.translate_uid,
+            &self.ignored.translate_gid,
+        ];
+        if mapped.iter().any(|list| !list.is_empty()) && self.stat_virt != Some(StatVirtArg::Off) {
+            remarks.push("id maps are not applied: --stat-virt records the guest's owners instead");
+        } else if mapped.iter().any(|list| !list.is_empty()) {
+            remarks.push("id maps are not applied: the guest sees the host's ids");
+        }
+        if self.ignored.migration_mode.is_some() {
+            remarks.push("--migration-mode is not applied: the share cannot be migrated");
+        }
+        remarks
+    }
+}
+
+/// A number of bytes, with one of the letters K, M, G and T for powers of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let count = digits.parse::<u64>().ok();
+    count
+        .and_then(|count| count.checked_mul(1 << shift))
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| "must be a number of bytes above zero, or one with K, M, G or T".to_owned())
 }
 
 fn tag(text: &str) -> Result<[u8; TAG_LEN], String> {
@@ -396,6 +393,7 @@ fn queue_size(text: &str) -> Result<u16, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tree::Caching;
 
     fn config(line: &str) -> Result<Config, String> {
         let args = Args::try_parse_from(line.split_whitespace())
@@ -416,6 +414,7 @@ mod tests {
             "msb-fs --fd=3 -o source=/x,cache=always,sandbox=chroot,xattr,no_flock -d",
             "msb-fs --socket-path=s --shared-dir=/x --posix-acl --security-label \
              --inode-file-handles=never --tag t",
+            "msb-fs --socket-path=s -o source=/x,no_readdirplus,posix_acl,log_level=warn -f",
         ] {
             config(line).unwrap();
         }
@@ -432,6 +431,36 @@ mod tests {
         assert!(config("msb-fs --fd 3 --shared-dir /x --stat-virt off --owner 1:1").is_err());
         let off = "msb-fs --fd 3 --shared-dir /x --stat-virt off --host-perms mirror";
         assert_eq!(config(off).err(), Some(ArgsError::Mirror.to_string()));
+    }
+
+    #[test]
+    fn what_is_accepted_and_not_done_is_said() {
+        let remarks = |line| config(line).unwrap().remarks.len();
+        assert_eq!(remarks("msb-fs --fd 3 --shared-dir /x --xattr"), 0);
+        assert_eq!(remarks("msb-fs --fd 3 --shared-dir /x --xattrmap=:a:"), 1);
+        assert_eq!(remarks("msb-fs --fd 3 -o source=/x,xattrmap=:a:"), 1);
+        assert_eq!(
+            remarks("msb-fs --fd 3 --shared-dir /x --uid-map=:0:1:1:"),
+            1
+        );
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("3G"), Ok(3 << 30));
+        assert_eq!(size("20m"), Ok(20 << 20));
+        for bad in ["", "0", "G", "-1", "1.5G", "99999999T", "1GiB"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+        let limit = |line| config(line).unwrap().quota.map(|quota| quota.bytes);
+        assert_eq!(limit("msb-fs --fd 3 --shared-dir /x"), None);
+        assert_eq!(
+            limit("msb-fs --fd 3 --shared-dir /x --quota 1M"),
+            Some(1 << 20)
+        );
+        assert!(config("msb-fs --fd 3 --shared-file /x --quota 1M").is_err());
+        assert!(config("msb-fs --fd 3 --shared-dir /x --quota-file /q").is_err());
     }
 
     #[test]
