@@ -72,6 +72,9 @@ pub struct GuestMemory {
 // SAFETY: the mapping is owned, and only accessed through raw pointers and atomics.
 unsafe impl Send for GuestMemory {}
 
+// SAFETY: as above; threads hand parts of it to each other through the rings' atomics.
+unsafe impl Sync for GuestMemory {}
+
 impl GuestMemory {
     fn new(size: usize) -> Result<Self> {
         let fd = memfd_create("guest", MemfdFlags::CLOEXEC)?;
@@ -102,14 +105,23 @@ impl GuestMemory {
         bytes
     }
 
-    fn index(&self, at: u64) -> &AtomicU16 {
+    /// The first bytes at guest address `at`.
+    pub(crate) fn array<const N: usize>(&self, at: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        let from = self.pointer(at, N);
+        // SAFETY: as in `write`.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), N) };
+        bytes
+    }
+
+    pub(crate) fn index(&self, at: u64) -> &AtomicU16 {
         #[expect(clippy::cast_ptr_alignment, reason = "ring parts are aligned")]
         let pointer = self.pointer(at, 2).cast::<u16>();
         // SAFETY: in the mapping and even, because every ring part begins at a multiple of 16.
         unsafe { AtomicU16::from_ptr(pointer) }
     }
 
-    fn pointer(&self, at: u64, len: usize) -> *mut u8 {
+    pub(crate) fn pointer(&self, at: u64, len: usize) -> *mut u8 {
         let at = usize::try_from(at).expect("guest address");
         assert!(at + len <= self.size, "the test leaves its guest memory");
         // SAFETY: checked on the line above.
@@ -137,12 +149,12 @@ pub enum Part {
 pub struct Driver {
     /// Number of entries.
     pub size: u16,
-    base: u64,
+    pub(crate) base: u64,
     next_slot: u16,
     used: u16,
     indirect: bool,
-    kick: OwnedFd,
-    call: OwnedFd,
+    pub(crate) kick: OwnedFd,
+    pub(crate) call: OwnedFd,
 }
 
 /// A raw descriptor, for chains that no driver would make.
@@ -622,6 +634,21 @@ impl FrontEnd {
         Ok(ready > 0)
     }
 
+    /// Whether the device has closed the connection. Looks without waiting and takes nothing.
+    pub fn is_closed(&self) -> bool {
+        let mut byte = [0];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        matches!(
+            rustix::net::recv(&self.socket, &mut byte[..], flags),
+            Ok((0, _))
+        )
+    }
+
+    /// The connection, to wait for its end with poll(2).
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// A second file of `len` bytes, for memory that is not what it claims to be.
     ///
     /// # Errors
@@ -640,7 +667,7 @@ impl FrontEnd {
 }
 
 impl Raw {
-    fn bytes(&self) -> [u8; 16] {
+    pub(crate) fn bytes(&self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.address.to_ne_bytes());
         bytes[8..12].copy_from_slice(&self.len.to_ne_bytes());
@@ -651,11 +678,11 @@ impl Raw {
 }
 
 impl Driver {
-    fn available(&self) -> u64 {
+    pub(crate) fn available(&self) -> u64 {
         self.base + 16 * u64::from(self.size)
     }
 
-    fn used(&self) -> u64 {
+    pub(crate) fn used(&self) -> u64 {
         (self.available() + 6 + 2 * u64::from(self.size)).next_multiple_of(16)
     }
 

@@ -1,6 +1,8 @@
 //! Fixtures of the tests.
 
 pub mod attack;
+pub mod bridge;
 pub mod frontend;
 pub mod msb;
+pub mod share;
 pub mod sys;
