@@ -79,6 +79,7 @@ impl Server {
         let options = Options {
             name: "echo",
             reconnect,
+            poll_limit: Duration::from_micros(10),
         };
         let thread = std::thread::spawn(move || serve(&endpoint, &device, options));
         Ok(Self {

@@ -72,6 +72,7 @@ fn victim() -> Result<()> {
     let options = Options {
         name: "victim",
         reconnect: true,
+        poll_limit: Duration::from_micros(10),
     };
     serve(&endpoint, &Arc::new(Echo::default()), options)?;
     Ok(())

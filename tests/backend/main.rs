@@ -4,3 +4,4 @@ mod blk;
 mod conformance;
 mod fs;
 mod hostile;
+mod transport;

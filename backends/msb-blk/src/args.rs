@@ -81,6 +81,11 @@ pub struct Args {
     #[arg(long)]
     pub reconnect: bool,
 
+    /// How long a queue whose requests come in quick succession looks for the next one before it
+    /// sleeps, in microseconds; 0 never does, and an idle disk sleeps in any case.
+    #[arg(long, value_name = "US", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=1000))]
+    pub poll_max_us: u64,
+
     /// How the process locks itself in before it serves: strict (every layer, or it does not
     /// start), best-effort (what the host allows), audit (strict, but system calls that are not
     /// expected are only logged by the kernel) or none.

@@ -46,8 +46,8 @@ pub struct DeviceConfig {
 
 /// A request that was taken apart.
 struct Pending {
+    /// Of its writable part only the status byte is left.
     request: Request,
-    status: Segments,
 }
 
 impl Pending {
@@ -55,14 +55,13 @@ impl Pending {
     fn new(mut request: Request) -> Option<(Self, Segments)> {
         let room = request.writable.len().checked_sub(1)?;
         let data = request.writable.split_to(room);
-        let status = request.writable.clone();
-        Some((Self { request, status }, data))
+        Some((Self { request }, data))
     }
 
     /// Answers; `room` bytes of data came before the status byte.
     fn finish(mut self, room: usize, status: Status) {
         let written = u32::try_from(room).unwrap_or(u32::MAX).saturating_add(1);
-        if self.status.write_all(&[status as u8]).is_ok() {
+        if self.request.writable.write_all(&[status as u8]).is_ok() {
             self.request.complete(written);
         }
     }

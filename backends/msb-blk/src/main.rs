@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 use msb_blk::args::{Args, CAPABILITIES};
@@ -73,6 +74,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     let options = Options {
         name: "msb-blk",
         reconnect: args.reconnect,
+        poll_limit: Duration::from_micros(args.poll_max_us),
     };
     let served = msb_vhost::serve(&endpoint, &device, options);
     drop(device);

@@ -107,6 +107,7 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
     let options = Options {
         name: "msb-fs",
         reconnect: config.reconnect,
+        poll_limit: config.poll_limit,
     };
     // Kata Containers waits for exactly these words.
     tracing::info!("Waiting for vhost-user socket connection");

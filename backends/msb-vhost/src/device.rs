@@ -90,12 +90,14 @@ pub trait Device: Send + Sync + 'static {
 
     /// A descriptor that becomes readable when requests of `queue` that were left open have
     /// finished, such as the eventfd of an io_uring. `None` when every request is completed inside
-    /// [`Device::handle`].
+    /// [`Device::handle`]. Only a change to readable counts: it need not be read, but then
+    /// [`Device::reap`] must take all there is.
     fn completion_fd(&self, _queue: u16) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// Completes the finished requests of `queue`; called when [`Device::completion_fd`] is readable.
+    /// Completes the finished requests of `queue`; called when [`Device::completion_fd`] has
+    /// become readable.
     fn reap(&self, _queue: u16) {}
 
     /// Forgets everything the driver has set up: the front end has gone, or it has reset the

@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::queue::Queue;
-use crate::sys::{Memory, Spans};
+use crate::queue::Lease;
+use crate::sys::Spans;
 
 /// A request that still waits for its completion. Dropping it completes it with length zero, so
 /// that no descriptor is ever lost.
@@ -33,22 +33,22 @@ pub(crate) struct Completion(Inner);
 enum Inner {
     /// The chain goes back to its queue.
     Ring {
-        queue: Arc<Queue>,
+        lease: Arc<Lease>,
         head: u16,
-        epoch: u32,
+        bytes: u64,
     },
     /// A test looks at it.
     Call(Box<dyn FnOnce(u32) + Send>),
 }
 
 impl Completion {
-    pub(crate) fn ring(queue: Arc<Queue>, head: u16, epoch: u32) -> Self {
-        Self(Inner::Ring { queue, head, epoch })
+    pub(crate) fn ring(lease: Arc<Lease>, head: u16, bytes: u64) -> Self {
+        Self(Inner::Ring { lease, head, bytes })
     }
 
     fn done(self, written: u32) {
         match self.0 {
-            Inner::Ring { queue, head, epoch } => queue.complete(head, epoch, written),
+            Inner::Ring { lease, head, bytes } => lease.complete(head, written, bytes),
             Inner::Call(done) => done(written),
         }
     }
@@ -145,10 +145,11 @@ impl Segments {
         }
     }
 
-    /// Segments over spans that [`Memory::append`] found.
-    pub(crate) fn of_memory(spans: Spans, memory: Arc<Memory>) -> Self {
-        // SAFETY: `append` checked every span against a region that `memory` holds mapped.
-        unsafe { Self::from_spans(spans, memory) }
+    /// Segments over spans that [`crate::sys::Memory::append`] found in the memory of `lease`.
+    pub(crate) fn of_lease(spans: Spans, lease: &Arc<Lease>) -> Self {
+        let lease = Arc::clone(lease);
+        // SAFETY: `append` checked every span against a region that the lease's memory holds mapped.
+        unsafe { Self::from_spans(spans, lease) }
     }
 
     /// Segments over one buffer of the process's own, for tests and fuzzing.

@@ -39,6 +39,9 @@ pub struct Options {
     pub name: &'static str,
     /// Waits for another front end after one has gone, instead of returning.
     pub reconnect: bool,
+    /// How long a worker whose requests come in quick succession looks for the next one before it
+    /// sleeps; zero never does. An idle device sleeps in any case.
+    pub poll_limit: Duration,
 }
 
 /// The device cannot be served, or no longer.
@@ -176,7 +179,7 @@ fn start_workers<D: Device>(
             .name(format!("{}-q{number}", options.name))
             .spawn(move || {
                 let abort = AbortOnPanic;
-                if let Err(error) = queue.work(number, device.as_ref()) {
+                if let Err(error) = queue.work(number, device.as_ref(), options.poll_limit) {
                     panic!("queue {number} cannot wait for events: {error}");
                 }
                 std::mem::forget(abort);

@@ -90,18 +90,25 @@ impl<'a, D: Device> Session<'a, D> {
             return Ok(false);
         };
         let (code, header) = (message.code, message.header);
+        // What has a reply of its own gets one in any case, or the front end waits for ever.
+        let negative = match code {
+            // An empty body is how a failed read of the configuration is told.
+            Code::GetConfig => Some(Vec::new()),
+            Code::GetVringBase | Code::GetInflightFd => Some(vec![0; message.body.len()]),
+            _ => None,
+        };
         let result = self.carry_out(message);
         if let Err(refusal) = &result {
             tracing::warn!(?code, "refused: {refusal}");
         }
-        match result {
-            Ok(Answer::Bytes(body)) => self.connection.reply(header, &body, None)?,
-            Ok(Answer::WithFd(body, fd)) => {
+        match (result, negative) {
+            (Ok(Answer::Bytes(body)), _) | (Err(_), Some(body)) => {
+                self.connection.reply(header, &body, None)?;
+            }
+            (Ok(Answer::WithFd(body, fd)), _) => {
                 self.connection.reply(header, &body, Some(fd.as_fd()))?;
             }
-            // An empty body is how a failed read of the configuration is told.
-            Err(_) if code == Code::GetConfig => self.connection.reply(header, &[], None)?,
-            other => {
+            (other, _) => {
                 if header.need_reply && self.protocol & feature::REPLY_ACK != 0 {
                     let failed = u64::from(other.is_err());
                     self.connection.reply(header, &failed.to_ne_bytes(), None)?;

@@ -1,6 +1,7 @@
 //! Guest memory: mappings, bounds, and the raw loads and stores on them; signals.
 
 use std::io;
+use std::marker::PhantomData;
 use std::mem;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
@@ -13,7 +14,10 @@ use smallvec::SmallVec;
 use crate::message::RegionMessage;
 
 /// Spans of host addresses that one side of a request is made of.
-pub(crate) type Spans = SmallVec<[libc::iovec; 8]>;
+pub(crate) type Spans = SmallVec<[libc::iovec; 4]>;
+
+/// The largest page there is.
+const LARGEST_PAGE: u64 = 1 << 30;
 
 /// One mapped piece of memory that another process may change at any time.
 #[derive(Debug)]
@@ -44,15 +48,24 @@ impl Region {
         let end = place.offset.checked_add(place.size).ok_or_else(invalid)?;
         let fits = place.guest.checked_add(place.size).is_some()
             && place.user.checked_add(place.size).is_some();
-        let length = u64::try_from(rustix::fs::fstat(&file)?.st_size).map_err(|_| invalid())?;
+        let stat = rustix::fs::fstat(&file)?;
+        let length = u64::try_from(stat.st_size).map_err(|_| invalid())?;
         if place.size == 0 || !fits || length < end {
             return Err(invalid());
         }
         // SAFETY: sysconf(3) has no requirements.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         let page = u64::try_from(page).map_err(|_| invalid())?;
+        // A file of huge pages is mapped and unmapped in whole ones; they are its block size.
+        let block = u64::try_from(stat.st_blksize).unwrap_or(page);
+        let page = if block.is_power_of_two() {
+            page.max(block.min(LARGEST_PAGE))
+        } else {
+            page
+        };
         let start = place.offset - place.offset % page;
-        let mapped = usize::try_from(end - start).map_err(|_| invalid())?;
+        let mapped = (end - start).checked_next_multiple_of(page);
+        let mapped = usize::try_from(mapped.ok_or_else(invalid)?).map_err(|_| invalid())?;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing.
@@ -64,6 +77,15 @@ impl Region {
             mapping: NonNull::new(mapping.cast::<u8>()).ok_or_else(invalid)?,
             mapped,
             lead: usize::try_from(place.offset - start).map_err(|_| invalid())?,
+        })
+    }
+
+    /// `len` bytes at `at`, if they all lie in the region.
+    fn view(&self, at: u64, len: usize) -> Option<View<'_>> {
+        Some(View {
+            base: self.address(at, u64::try_from(len).ok()?)?,
+            len,
+            region: PhantomData,
         })
     }
 
@@ -128,9 +150,9 @@ impl Memory {
     }
 
     /// The `len` bytes at guest address `guest`, for a table of descriptors.
-    pub(crate) fn table(&self, guest: u64, len: usize) -> Option<Area> {
+    pub(crate) fn table(&self, guest: u64, len: usize) -> Option<View<'_>> {
         let (region, at) = self.find(guest)?;
-        Area::new(region, at, len)
+        region.view(at, len)
     }
 
     /// The `len` bytes at the front end's address `user`, aligned to `align`.
@@ -154,8 +176,7 @@ impl Memory {
     }
 }
 
-/// Some bytes of mapped memory with fields at known offsets. Loads and stores that would leave
-/// them do nothing and give zero.
+/// Some bytes of mapped memory, and what keeps them mapped.
 #[derive(Debug, Clone)]
 pub(crate) struct Area {
     base: *mut u8,
@@ -170,13 +191,33 @@ unsafe impl Sync for Area {}
 
 impl Area {
     pub(crate) fn new(region: &Arc<Region>, at: u64, len: usize) -> Option<Self> {
+        let View { base, len, .. } = region.view(at, len)?;
         Some(Self {
-            base: region.address(at, u64::try_from(len).ok()?)?,
+            base,
             len,
             _region: Arc::clone(region),
         })
     }
 
+    pub(crate) fn view(&self) -> View<'_> {
+        View {
+            base: self.base,
+            len: self.len,
+            region: PhantomData,
+        }
+    }
+}
+
+/// Borrowed bytes of mapped memory with fields at known offsets. Loads and stores that would leave
+/// them do nothing and give zero.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    base: *mut u8,
+    len: usize,
+    region: PhantomData<&'a Region>,
+}
+
+impl View<'_> {
     fn field<T>(&self, offset: usize) -> Option<*mut T> {
         let inside = offset.checked_add(size_of::<T>())? <= self.len;
         let field = self.base.wrapping_add(offset);
@@ -264,6 +305,15 @@ pub(crate) fn end_signals() -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// How often this thread had to leave its CPU to another one.
+pub(crate) fn pushed_off() -> u64 {
+    // SAFETY: all-zero numbers are a valid usage.
+    let mut usage: libc::rusage = unsafe { mem::zeroed() };
+    // SAFETY: `usage` is valid for the call.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    u64::try_from(usage.ru_nivcsw).unwrap_or(0)
 }
 
 /// Takes over a descriptor whose number came from the command line.

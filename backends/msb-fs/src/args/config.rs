@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use msb_vhost::jail::SandboxMode;
 
@@ -39,6 +40,8 @@ pub struct Config {
     pub queue_size: u16,
     /// Whether another front end may follow.
     pub reconnect: bool,
+    /// How long a queue looks for requests before it sleeps.
+    pub poll_limit: Duration,
     /// Whether the process ends with its parent.
     pub exit_with_parent: bool,
     /// How the process locks itself in.
@@ -148,6 +151,7 @@ impl TryFrom<Args> for Config {
             request_queues: args.num_request_queues,
             queue_size: args.queue_size,
             reconnect: args.reconnect,
+            poll_limit: Duration::from_micros(args.poll_max_us),
             exit_with_parent: args.exit_with_parent,
             socket_group: args.socket_group,
             remarks,

@@ -56,6 +56,7 @@ fn device() -> Result<(UnixStream, Server)> {
     let options = Options {
         name: "fuzz",
         reconnect: false,
+        poll_limit: Duration::from_micros(10),
     };
     drop(theirs);
     let server = std::thread::spawn(move || serve(&endpoint, &Arc::new(Reader), options));

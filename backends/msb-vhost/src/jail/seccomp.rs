@@ -148,6 +148,8 @@ const BASE: &[Call] = &[
     Call::any(libc::SYS_sched_yield),
     Call::any(libc::SYS_sched_getaffinity),
     Call::any(libc::SYS_gettid),
+    // How often a worker that polls was pushed off its CPU.
+    Call::any(libc::SYS_getrusage).only(Check::equals(0, libc::RUSAGE_THREAD as u64)),
     Call::any(libc::SYS_getpid),
     Call::any(libc::SYS_tgkill),
     Call::any(libc::SYS_sigaltstack),

@@ -11,12 +11,19 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::sync::atomic::{Ordering, fence};
 
 use crate::sys::Area;
 
 const VERSION: u16 = 1;
 const HEADER: usize = 16;
+/// Places in the header.
+const LAST: usize = 12;
+const USED: usize = 14;
 const ENTRY: usize = 16;
+/// Places in an entry.
+const NEXT: usize = 6;
+const COUNTER: usize = 8;
 /// Queues begin at multiples of this.
 const ALIGN: usize = 64;
 
@@ -47,20 +54,38 @@ impl Inflight {
     /// Marks a request as begun.
     pub(crate) fn begin(&mut self, head: u16) {
         self.counter = self.counter.wrapping_add(1);
-        let at = entry(head);
-        self.area.release_wide(at + 8, self.counter);
-        self.area.put(at, 1_u8);
+        let (area, at) = (self.area.view(), entry(head));
+        area.release_wide(at + COUNTER, self.counter);
+        area.put(at, 1_u8);
     }
 
-    /// Says which request the next change of the used index ends.
+    /// Adds a request to those that the next change of the used index ends: a list from the last
+    /// one backwards.
     pub(crate) fn finish(&mut self, head: u16) {
-        self.area.put(12, head);
+        let area = self.area.view();
+        let last: u16 = area.copy(LAST);
+        area.put(entry(head) + NEXT, last);
+        area.release(LAST, head);
     }
 
-    /// Marks a request as ended, after the used index was stored.
-    pub(crate) fn finished(&mut self, head: u16, used: u16) {
-        self.area.put(entry(head), 0_u8);
-        self.area.release(14, used);
+    /// Marks the last `count` of them as ended, after the used index was stored.
+    pub(crate) fn finished(&mut self, count: u16, used: u16) {
+        self.clear_last(count);
+        self.area.view().release(USED, used);
+    }
+
+    fn clear_last(&self, count: u16) {
+        let area = self.area.view();
+        let mut head: u16 = area.copy(LAST);
+        for _ in 0..count.min(self.size) {
+            if head >= self.size {
+                break;
+            }
+            area.put(entry(head), 0_u8);
+            head = area.copy(entry(head) + NEXT);
+        }
+        // What follows must not be seen before.
+        fence(Ordering::Release);
     }
 
     /// Reads what an earlier process left; returns where the available ring goes on. `used` is the
@@ -68,23 +93,22 @@ impl Inflight {
     pub(crate) fn recover(&mut self, used: u16, size: u16) -> u16 {
         self.again.clear();
         self.size = size;
-        if self.area.copy::<u16>(8) != VERSION {
-            self.area.put(8, VERSION);
-            self.area.put(10, size);
-            self.area.release(14, used);
+        let area = self.area.view();
+        if area.copy::<u16>(8) != VERSION {
+            area.put(8, VERSION);
+            area.put(10, size);
+            area.release(USED, used);
             return used;
         }
         // Between the store of the used index and that of its copy the process had ended.
-        if self.area.copy::<u16>(14) != used {
-            let last: u16 = self.area.copy(12);
-            if last < size {
-                self.area.put(entry(last), 0_u8);
-            }
-            self.area.release(14, used);
+        let ended = used.wrapping_sub(area.copy::<u16>(USED));
+        if ended != 0 {
+            self.clear_last(ended);
+            area.release(USED, used);
         }
         let mut open: Vec<(u64, u16)> = (0..size)
-            .filter(|head| self.area.copy::<u8>(entry(*head)) == 1)
-            .map(|head| (self.area.copy(entry(head) + 8), head))
+            .filter(|head| area.copy::<u8>(entry(*head)) == 1)
+            .map(|head| (area.copy(entry(head) + COUNTER), head))
             .collect();
         open.sort_unstable();
         self.counter = open.last().map_or(0, |(counter, _)| *counter);

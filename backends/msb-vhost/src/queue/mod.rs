@@ -1,29 +1,28 @@
 //! One virtqueue with its worker thread.
 //!
-//! The control thread changes the ring under its lock; the worker takes the lock to fetch a chain
-//! and to hand one back, never while the device works on a request.
+//! The control thread changes the ring under its lock; the worker takes the lock to fetch a batch
+//! of chains and to hand one back, never while the device works on a request.
 
+mod event;
 mod inflight;
+mod poll;
 mod ring;
+mod worker;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
-use rustix::fs::FileType;
-use rustix::io::Errno;
 
+use self::event::Event;
 pub(crate) use self::inflight::{Inflight, stride};
+use self::ring::Ring;
 pub(crate) use self::ring::{Addresses, Descriptor};
-use self::ring::{Next, Ring};
+use self::worker::{Finished, Worker, keep_aside};
 use crate::Device;
-use crate::request::{Completion, Request, Segments};
 use crate::sys::Memory;
-
-/// Finished requests that may wait for one common interrupt while more are being worked on.
-const BATCH: u32 = 16;
 
 /// How long a queue that is being stopped waits for its open requests, unless the end is near.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -47,17 +46,48 @@ struct State {
     started: bool,
     ending: bool,
     kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
+    call: Option<Event>,
+    err: Option<Event>,
     /// Requests that the device has and has not completed.
     open: u32,
     /// Counts the stops: a request of an earlier time must not touch the ring of a later one.
     epoch: u32,
-    /// The worker is emptying the ring and will look after the interrupt.
-    draining: bool,
-    unannounced: u32,
+    /// The worker is in the device, or will be before it takes the lock again.
+    busy: bool,
+    /// Something was given back for which no interrupt was considered.
+    unannounced: bool,
     /// Somebody waits for the last open request; to notify costs a system call.
     awaited: bool,
+}
+
+/// What an open request holds: its queue, the memory its spans lie in, and the time it belongs to.
+pub(crate) struct Lease {
+    queue: Arc<Queue>,
+    memory: Arc<Memory>,
+    epoch: u32,
+}
+
+impl Lease {
+    fn is_of(&self, state: &State) -> bool {
+        self.epoch == state.epoch && Arc::ptr_eq(&self.memory, &state.memory)
+    }
+
+    /// Ends request `head`, which is `bytes` long; `written` of them are the answer.
+    pub(crate) fn complete(&self, head: u16, written: u32, bytes: u64) {
+        let finished = Finished {
+            head,
+            epoch: self.epoch,
+            written,
+        };
+        if keep_aside(&self.queue, finished, bytes) {
+            return;
+        }
+        let mut state = self.queue.lock();
+        state.give_back(finished);
+        state.ring.show();
+        state.announce();
+        self.queue.note_idle(&state);
+    }
 }
 
 /// A change that the front end asked for and that cannot be.
@@ -77,13 +107,7 @@ impl Queue {
     pub(crate) fn new(size: u16) -> io::Result<Self> {
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        epoll::add(
-            &events,
-            &wake,
-            epoll::EventData::new_u64(WAKE),
-            epoll::EventFlags::IN,
-        )?;
-        Ok(Self {
+        let queue = Self {
             state: Mutex::new(State {
                 ring: Ring::new(size),
                 memory: Arc::default(),
@@ -95,138 +119,27 @@ impl Queue {
                 err: None,
                 open: 0,
                 epoch: 0,
-                draining: false,
-                unannounced: 0,
+                busy: false,
+                unannounced: false,
                 awaited: false,
             }),
             idle: Condvar::new(),
             epoll: events,
             wake,
-        })
+        };
+        queue.listen_to(queue.wake.as_fd(), WAKE)?;
+        Ok(queue)
     }
 
-    /// Serves the queue until [`Queue::end`]. Runs on the queue's own thread.
-    pub(crate) fn work<D: Device>(self: &Arc<Self>, number: u16, device: &D) -> io::Result<()> {
-        if let Some(done) = device.completion_fd(number) {
-            let data = epoll::EventData::new_u64(DONE);
-            epoll::add(&self.epoll, done, data, epoll::EventFlags::IN)?;
-        }
-        let mut events = Vec::with_capacity(3);
-        loop {
-            events.clear();
-            match epoll::wait(
-                &self.epoll,
-                rustix::buffer::spare_capacity(&mut events),
-                None,
-            ) {
-                Err(Errno::INTR) => continue,
-                result => result?,
-            };
-            let mut done = false;
-            for event in &events {
-                match event.data.u64() {
-                    WAKE => self.clear_wake(),
-                    KICK => self.clear_kick(),
-                    _ => done = true,
-                }
-            }
-            if self.lock().ending {
-                return Ok(());
-            }
-            if done {
-                self.lock().draining = true;
-                device.reap(number);
-                self.announce();
-            }
-            self.drain(number, device);
-        }
-    }
-
-    /// Gives the device every chain that waits.
-    fn drain<D: Device>(self: &Arc<Self>, number: u16, device: &D) {
-        let mut any = false;
-        loop {
-            let mut state = self.lock();
-            if !state.runs() {
-                break;
-            }
-            if !any {
-                state.ring.mute();
-            }
-            state.draining = true;
-            let State {
-                ring, memory, open, ..
-            } = &mut *state;
-            match ring.next(memory, *open) {
-                Next::Chain {
-                    head,
-                    readable,
-                    writable,
-                } => {
-                    state.open += 1;
-                    let epoch = state.epoch;
-                    let memory = Arc::clone(&state.memory);
-                    drop(state);
-                    any = true;
-                    let completion = Completion::ring(Arc::clone(self), head, epoch);
-                    let readable = Segments::of_memory(readable, Arc::clone(&memory));
-                    let writable = Segments::of_memory(writable, memory);
-                    device.handle(
-                        number,
-                        Request::with_completion(readable, writable, completion),
-                    );
-                }
-                Next::Malformed { head } => {
-                    tracing::debug!(queue = number, head, "malformed chain");
-                    state.ring.give_back(head, 0);
-                    state.unannounced += 1;
-                }
-                Next::Broken => {
-                    tracing::warn!(queue = number, "the driver broke its ring");
-                    if let Some(err) = &state.err {
-                        signal(err);
-                    }
-                    break;
-                }
-                Next::Empty => {
-                    if state.ring.listen() {
-                        state.ring.mute();
-                    } else {
-                        break;
-                    }
-                }
-            }
-        }
-        if any {
-            device.end_batch(number);
-        }
-        self.announce();
-    }
-
-    /// Ends a request that the device has completed.
-    pub(crate) fn complete(&self, head: u16, epoch: u32, written: u32) {
-        let mut state = self.lock();
-        if state.epoch != epoch {
-            return;
-        }
-        state.open = state.open.saturating_sub(1);
-        if state.open == 0 && state.awaited {
-            self.idle.notify_all();
-        }
-        state.ring.give_back(head, written);
-        state.unannounced += 1;
-        if !state.draining || state.unannounced >= BATCH {
-            state.announce();
-        }
-    }
-
-    /// Sends the interrupt for what was completed while the worker was busy.
-    fn announce(&self) {
-        let mut state = self.lock();
-        state.draining = false;
-        if state.unannounced > 0 {
-            state.announce();
-        }
+    /// Serves the queue until [`Queue::end`]. Runs on the queue's own thread, which looks for
+    /// requests for at most `poll_limit` before it sleeps.
+    pub(crate) fn work<D: Device>(
+        self: &Arc<Self>,
+        number: u16,
+        device: &D,
+        poll_limit: Duration,
+    ) -> io::Result<()> {
+        Worker::new(self, number, device, poll_limit).run()
     }
 
     pub(crate) fn set_memory(&self, memory: &Arc<Memory>) {
@@ -236,6 +149,9 @@ impl Queue {
         if ring.addresses.is_some() && !ring.place(memory) && state.started {
             tracing::warn!("a running ring has lost its memory");
         }
+        drop(state);
+        // The worker lets go of the memory that was before.
+        self.wake();
     }
 
     pub(crate) fn set_event_idx(&self, on: bool) {
@@ -295,12 +211,13 @@ impl Queue {
 
     /// Takes the descriptor through which the driver kicks, and starts the ring.
     pub(crate) fn set_kick(&self, kick: Option<OwnedFd>) -> Result<(), QueueError> {
-        accept_event(kick.as_ref())?;
+        if let Some(kick) = &kick {
+            event::check(kick)?;
+        }
         let mut state = self.lock();
         self.drop_kick(&mut state);
         if let Some(kick) = &kick {
-            let data = epoll::EventData::new_u64(KICK);
-            epoll::add(&self.epoll, kick, data, epoll::EventFlags::IN)
+            self.listen_to(kick.as_fd(), KICK)
                 .map_err(|_| QueueError::NoEventfd)?;
         }
         state.kick = kick;
@@ -318,19 +235,18 @@ impl Queue {
     }
 
     pub(crate) fn set_call(&self, call: Option<OwnedFd>) -> Result<(), QueueError> {
-        accept_event(call.as_ref())?;
+        let call = call.map(Event::new).transpose()?;
         let mut state = self.lock();
         state.call = call;
         // An interrupt that had nowhere to go is not lost.
         if let Some(call) = state.call.as_ref().filter(|_| state.started) {
-            signal(call);
+            call.signal();
         }
         Ok(())
     }
 
     pub(crate) fn set_err(&self, err: Option<OwnedFd>) -> Result<(), QueueError> {
-        accept_event(err.as_ref())?;
-        self.lock().err = err;
+        self.lock().err = err.map(Event::new).transpose()?;
         Ok(())
     }
 
@@ -351,7 +267,8 @@ impl Queue {
         }
     }
 
-    /// Waits until no request is open; gives up after `patience`.
+    /// Waits until no request is open and the worker has left the device; gives up after
+    /// `patience`.
     fn wait_idle<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
@@ -359,7 +276,7 @@ impl Queue {
     ) -> MutexGuard<'a, State> {
         state.awaited = true;
         let deadline = Instant::now() + patience;
-        while state.open > 0 {
+        while state.open > 0 || state.busy {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 tracing::error!(open = state.open, "requests do not end; leaving them");
@@ -381,9 +298,6 @@ impl Queue {
         state.started = false;
         self.drop_kick(&mut state);
         let mut state = self.wait_idle(state, patience);
-        if state.unannounced > 0 {
-            state.announce();
-        }
         // What is still open has nowhere to go any more, and is not counted among later ones.
         state.epoch = state.epoch.wrapping_add(1);
         state.open = 0;
@@ -414,18 +328,23 @@ impl Queue {
     }
 
     fn wake(&self) {
-        signal(&self.wake);
+        // Fails only when the counter is full, and then the worker is awake already.
+        rustix::io::write(&self.wake, &1_u64.to_ne_bytes()).ok();
     }
 
-    fn clear_wake(&self) {
-        rustix::io::read(&self.wake, &mut [0_u8; 8]).ok();
-    }
-
-    fn clear_kick(&self) {
-        if let Some(kick) = &self.lock().kick {
-            // Readable, as epoll says, and only this thread reads it.
-            rustix::io::read(kick, &mut [0_u8; 8]).ok();
+    /// Tells whoever waits for it that nothing is open any more.
+    fn note_idle(&self, state: &State) {
+        if state.awaited && state.open == 0 && !state.busy {
+            self.idle.notify_all();
         }
+    }
+
+    /// Wakes the worker at each signal of `event`. An edge comes with every write to an eventfd,
+    /// so it is never read: not a call for each wake-up, and nothing that could block.
+    fn listen_to(&self, event: BorrowedFd<'_>, data: u64) -> io::Result<()> {
+        let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        let data = epoll::EventData::new_u64(data);
+        Ok(epoll::add(&self.epoll, event, data, edges)?)
     }
 
     fn drop_kick(&self, state: &mut State) {
@@ -440,36 +359,22 @@ impl State {
         self.enabled && self.started && !self.ending
     }
 
-    fn announce(&mut self) {
-        self.unannounced = 0;
-        if self.ring.wants_interrupt()
-            && let Some(call) = &self.call
-        {
-            signal(call);
+    /// Puts a chain into the used ring; the driver sees it after `ring.show()`.
+    fn give_back(&mut self, finished: Finished) {
+        if finished.epoch == self.epoch {
+            self.open = self.open.saturating_sub(1);
+            self.ring.give_back(finished.head, finished.written);
+            self.unannounced = true;
         }
     }
-}
 
-fn signal(event: &OwnedFd) {
-    // Fails only when the counter is full, and then whoever reads it is awake already.
-    rustix::io::write(event, &1_u64.to_ne_bytes()).ok();
-}
-
-/// Takes a descriptor if it is an eventfd, and makes sure that it never blocks: it is read and
-/// written under the lock of the queue.
-fn accept_event(fd: Option<&OwnedFd>) -> Result<(), QueueError> {
-    let Some(fd) = fd else {
-        return Ok(());
-    };
-    let plain = rustix::fs::fstat(fd)
-        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown);
-    // Of all files without a type only an eventfd takes eight zero bytes, and they change nothing.
-    let counts = plain && rustix::io::write(fd, &[0; 8]) == Ok(8);
-    let flags = rustix::fs::fcntl_getfl(fd).map_err(|_| QueueError::NoEventfd)?;
-    let set = rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK);
-    if counts && set.is_ok() {
-        Ok(())
-    } else {
-        Err(QueueError::NoEventfd)
+    /// Sends the interrupt for what was given back, if the driver wants one.
+    fn announce(&mut self) {
+        if std::mem::take(&mut self.unannounced)
+            && self.ring.wants_interrupt()
+            && let Some(call) = &self.call
+        {
+            call.signal();
+        }
     }
 }

@@ -9,7 +9,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::Inflight;
-use crate::sys::{Area, Memory, Spans};
+use crate::sys::{Area, Memory, Spans, View};
 
 /// Most descriptors one chain may have; what Linux drivers build stays far below.
 const MAX_CHAIN: u32 = 1024;
@@ -60,25 +60,20 @@ pub(crate) struct Ring {
     pub(crate) inflight: Option<Inflight>,
     parts: Option<Parts>,
     next_used: u16,
+    /// The used index as the driver sees it; chains from here on are not shown to it yet.
+    shown: u16,
     /// The used index at the last interrupt.
     signalled: Option<u16>,
     broken: bool,
 }
 
 /// What the available ring holds next.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "made once a request and moved on; a box would be an allocation each"
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Next {
     /// Nothing.
     Empty,
-    /// A request.
-    Chain {
-        head: u16,
-        readable: Spans,
-        writable: Spans,
-    },
+    /// A request, whose spans were filled in.
+    Chain { head: u16 },
     /// A chain that cannot be right.
     Malformed { head: u16 },
     /// The ring itself cannot be right; reported once.
@@ -95,6 +90,7 @@ impl Ring {
             inflight: None,
             parts: None,
             next_used: 0,
+            shown: 0,
             signalled: None,
             broken: false,
         }
@@ -119,22 +115,31 @@ impl Ring {
         self.broken = false;
         self.signalled = None;
         if let Some(parts) = &self.parts {
-            self.next_used = parts.used.acquire(2);
+            self.next_used = parts.used.view().acquire(2);
+            self.shown = self.next_used;
         }
         if let Some(inflight) = &mut self.inflight {
             self.next_available = inflight.recover(self.next_used, self.size);
         }
     }
 
-    /// Takes the next chain, when `open` others have not been given back.
-    pub(crate) fn next(&mut self, memory: &Memory, open: u32) -> Next {
+    /// Takes the next chain into `readable` and `writable`, which are empty, when `open` others
+    /// have not been given back.
+    pub(crate) fn next(
+        &mut self,
+        memory: &Memory,
+        open: u32,
+        readable: &mut Spans,
+        writable: &mut Spans,
+    ) -> Next {
         let Some(parts) = self.parts.as_ref().filter(|_| !self.broken) else {
             return Next::Empty;
         };
         let head = match self.inflight.as_mut().and_then(Inflight::resubmit) {
             Some(head) => head,
             None => {
-                let announced = parts.available.acquire(2);
+                let available = parts.available.view();
+                let announced = available.acquire(2);
                 let waiting = announced.wrapping_sub(self.next_available);
                 if waiting == 0 {
                     return Next::Empty;
@@ -145,7 +150,7 @@ impl Ring {
                     return Next::Broken;
                 }
                 let slot = usize::from(self.next_available & (self.size - 1));
-                let head = parts.available.copy::<u16>(4 + 2 * slot);
+                let head = available.copy::<u16>(4 + 2 * slot);
                 if head >= self.size {
                     self.broken = true;
                     return Next::Broken;
@@ -157,34 +162,52 @@ impl Ring {
                 head
             }
         };
-        let (mut readable, mut writable) = (Spans::new(), Spans::new());
-        if walk(parts, self.size, head, memory, &mut readable, &mut writable).is_some() {
-            Next::Chain {
-                head,
-                readable,
-                writable,
-            }
+        let table = parts.descriptors.view();
+        if walk(table, self.size, head, memory, readable, writable).is_some() {
+            Next::Chain { head }
         } else {
+            readable.clear();
+            writable.clear();
             Next::Malformed { head }
         }
     }
 
-    /// Hands a chain back to the driver.
+    /// Puts a chain into the used ring, where the driver finds it after [`Ring::show`].
     pub(crate) fn give_back(&mut self, head: u16, written: u32) {
         let Some(parts) = &self.parts else {
             return;
         };
+        let used = parts.used.view();
         let slot = usize::from(self.next_used & (self.size - 1));
-        parts.used.put(4 + 8 * slot, u32::from(head));
-        parts.used.put(8 + 8 * slot, written);
+        used.put(4 + 8 * slot, u32::from(head));
+        used.put(8 + 8 * slot, written);
         self.next_used = self.next_used.wrapping_add(1);
         if let Some(inflight) = &mut self.inflight {
             inflight.finish(head);
         }
-        parts.used.release(2, self.next_used);
-        if let Some(inflight) = &mut self.inflight {
-            inflight.finished(head, self.next_used);
+    }
+
+    /// Shows the driver what was given back: one store of the index for all of it.
+    pub(crate) fn show(&mut self) {
+        if self.shown == self.next_used {
+            return;
         }
+        if let Some(parts) = &self.parts {
+            parts.used.view().release(2, self.next_used);
+        }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.finished(self.next_used.wrapping_sub(self.shown), self.next_used);
+        }
+        self.shown = self.next_used;
+    }
+
+    /// Where the driver will announce the next chain, for who waits for it without a lock.
+    pub(crate) fn watch(&self) -> Option<Watch> {
+        let parts = self.parts.as_ref().filter(|_| !self.broken)?;
+        Some(Watch {
+            available: parts.available.clone(),
+            next: self.next_available,
+        })
     }
 
     /// Whether the driver wants an interrupt for what was given back since the last one.
@@ -192,14 +215,15 @@ impl Ring {
         let Some(parts) = &self.parts else {
             return false;
         };
+        let available = parts.available.view();
         // The used index must be visible before the driver's wish is read.
         fence(Ordering::SeqCst);
-        let now = self.next_used;
+        let now = self.shown;
         let before = self.signalled.replace(now);
         if !self.event_idx {
-            return parts.available.copy::<u16>(0) & NO_INTERRUPT == 0;
+            return available.copy::<u16>(0) & NO_INTERRUPT == 0;
         }
-        let wish = parts.available.copy::<u16>(4 + 2 * usize::from(self.size));
+        let wish = available.copy::<u16>(4 + 2 * usize::from(self.size));
         // True when the index passed the wish since the last interrupt (virtio 1.3 section 2.7.7.2).
         before
             .is_none_or(|before| now.wrapping_sub(wish).wrapping_sub(1) < now.wrapping_sub(before))
@@ -208,7 +232,7 @@ impl Ring {
     /// Tells the driver not to kick while the ring is being emptied.
     pub(crate) fn mute(&self) {
         if let Some(parts) = self.parts.as_ref().filter(|_| !self.event_idx) {
-            parts.used.put(0, NO_NOTIFY);
+            parts.used.view().put(0, NO_NOTIFY);
         }
     }
 
@@ -219,26 +243,39 @@ impl Ring {
         };
         if self.event_idx {
             let at = 4 + 8 * usize::from(self.size);
-            parts.used.put(at, self.next_available);
+            parts.used.view().put(at, self.next_available);
         } else {
-            parts.used.put(0, 0_u16);
+            parts.used.view().put(0, 0_u16);
         }
         // The wish must be visible before the index is read again.
         fence(Ordering::SeqCst);
-        parts.available.acquire(2) != self.next_available
+        parts.available.view().acquire(2) != self.next_available
+    }
+}
+
+/// Looks for new chains while the ring itself may change hands.
+pub(crate) struct Watch {
+    available: Area,
+    next: u16,
+}
+
+impl Watch {
+    /// Whether the driver has announced something since the ring was found empty.
+    pub(crate) fn has_news(&self) -> bool {
+        self.available.view().acquire(2) != self.next
     }
 }
 
 /// Follows one chain; nothing when it cannot be right.
-fn walk(
-    parts: &Parts,
+fn walk<'a>(
+    mut table: View<'a>,
     size: u16,
     head: u16,
-    memory: &Memory,
+    memory: &'a Memory,
     readable: &mut Spans,
     writable: &mut Spans,
 ) -> Option<()> {
-    let (mut table, mut entries) = (parts.descriptors.clone(), u32::from(size));
+    let mut entries = u32::from(size);
     let (mut index, mut indirect, mut total) = (head, false, 0_u64);
     for _ in 0..MAX_CHAIN {
         if u32::from(index) >= entries {
