@@ -165,6 +165,7 @@ fn attempt(device: &str, mode: &str, attack: &str, stage: &str) -> Result<()> {
         _ => Root::Share {
             source: open(&stage.join("share"))?,
             read_only: device == "fs-ro",
+            special_files: false,
         },
     };
     let identity = match device {

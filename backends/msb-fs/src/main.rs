@@ -93,7 +93,7 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
         return Err("the share was lost on the way into the sandbox".into());
     };
     let tree = tree.settle(share, descriptors)?;
-    report.seal(&sandbox::calls(rules.readonly))?;
+    report.seal(&sandbox::calls(rules.readonly, rules.ownership.mode))?;
     for missing in &report.missing {
         tracing::warn!("{}", chain(missing));
     }

@@ -16,7 +16,11 @@ pub fn jail(
 ) -> Jail {
     Jail {
         mode,
-        root: Root::Share { source, read_only },
+        root: Root::Share {
+            source,
+            read_only,
+            special_files: makes_special_files(ownership),
+        },
         identity: Identity::Keep(capabilities(read_only, ownership)),
         open_files,
     }
@@ -35,12 +39,21 @@ fn capabilities(read_only: bool, ownership: StatVirt) -> CapabilitySet {
     kept
 }
 
+/// Whether pipes and sockets of the guest are such on the host: for root, that serves its files as
+/// they are.
+fn makes_special_files(ownership: StatVirt) -> bool {
+    ownership == StatVirt::Off && rustix::process::geteuid().is_root()
+}
+
 /// The system calls of the file server, beyond those every backend has. A read-only share has
 /// none that changes a file.
-pub fn calls(read_only: bool) -> Vec<Call> {
+pub fn calls(read_only: bool, ownership: StatVirt) -> Vec<Call> {
     let mut calls = READING.to_vec();
     if !read_only {
         calls.extend_from_slice(WRITING);
+        if makes_special_files(ownership) {
+            calls.extend_from_slice(SPECIAL);
+        }
     }
     calls
 }
@@ -93,6 +106,15 @@ const WRITING: &[Call] = &[
     Call::any(libc::SYS_fsetxattr),
     Call::any(libc::SYS_removexattr),
     Call::any(libc::SYS_fremovexattr),
+];
+
+/// Pipes, sockets, and the device 0:0, which is none.
+const SPECIAL: &[Call] = &[
+    Call::any(libc::SYS_mknodat).only(Check::masked(2, S_IFMT, libc::S_IFIFO as u64)),
+    Call::any(libc::SYS_mknodat).only(Check::masked(2, S_IFMT, libc::S_IFSOCK as u64)),
+    Call::any(libc::SYS_mknodat)
+        .only(Check::masked(2, S_IFMT, libc::S_IFCHR as u64))
+        .only(Check::equals(3, 0)),
 ];
 
 const S_IFMT: u64 = libc::S_IFMT as u64;

@@ -4,8 +4,12 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, OFlags};
+
+/// How long the last server on a socket is waited for.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// What stands beside the socket cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -76,11 +80,17 @@ impl PidFile {
             source,
         };
         let file = opened.map_err(fail)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(SocketError::Running { path }),
-            Err(error) => Err(fail(error.into())),
-            Ok(()) => write(file).map(Self).map_err(fail),
+        // A server that was killed a moment ago may still be on its way out.
+        for _ in 0..PATIENCE.as_millis() {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(fail(error.into())),
+                Ok(()) => return write(file).map(Self).map_err(fail),
+            }
         }
+        Err(SocketError::Running { path })
     }
 }
 

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Stat};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Stat, Uid};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
@@ -76,6 +76,25 @@ pub(crate) fn chmod(fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
             Mode::from_raw_mode(mode),
             AtFlags::empty(),
         ),
+        result => result,
+    }
+}
+
+/// Changes the owner of the file behind `fd`, which may be an O_PATH descriptor.
+pub(crate) fn chown(fd: BorrowedFd<'_>, uid: Option<u32>, gid: Option<u32>) -> Result<(), Errno> {
+    let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+    match rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH) {
+        // An id that does not exist here: only a container has so few.
+        Err(Errno::INVAL) => Err(Errno::PERM),
+        result => result,
+    }
+}
+
+/// Changes the owner of `name` in `dir`, of the link itself if it is one.
+pub(crate) fn chown_in(dir: impl AsFd, name: &CStr, uid: u32, gid: u32) -> Result<(), Errno> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    match rustix::fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::INVAL) => Err(Errno::PERM),
         result => result,
     }
 }

@@ -3,14 +3,17 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, StatVfs, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use rustix::fs::{
+    AtFlags, FileType, StatVfs, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
+};
 use rustix::io::Errno;
+use zerocopy::FromZeros;
 
 use super::node::Node;
 use super::overlay::without_special;
 use super::{Caller, FILE_ID, Result, StatVirt, Tree};
 use crate::sys;
-use crate::wire::abi::{Attr, AttrOut, ROOT_ID, SetattrIn, set};
+use crate::wire::abi::{Attr, AttrOut, ROOT_ID, SetattrIn, StatxOut, Time, set};
 
 const S_IFMT: u32 = 0o170_000;
 
@@ -31,6 +34,49 @@ impl Tree {
     pub(crate) fn attr_of(&self, node: &Node) -> Result<AttrOut> {
         let stat = rustix::fs::fstat(&node.file)?;
         Ok(self.attr_out(self.overlay.attr(node, &stat)?))
+    }
+
+    /// The same with the time of birth, where the host's file system knows it.
+    pub fn statx(&self, id: u64, fh: Option<u64>) -> Result<StatxOut> {
+        let AttrOut {
+            attr_valid,
+            attr_valid_nsec,
+            attr,
+            ..
+        } = self.getattr(id, fh)?;
+        let mut out = StatxOut {
+            attr_valid,
+            attr_valid_nsec,
+            mask: StatxFlags::BASIC_STATS.bits(),
+            blksize: attr.blksize,
+            nlink: attr.nlink,
+            uid: attr.uid,
+            gid: attr.gid,
+            mode: u16::try_from(attr.mode).unwrap_or(0),
+            ino: attr.ino,
+            size: attr.size,
+            blocks: attr.blocks,
+            atime: time(attr.atime, attr.atimensec),
+            ctime: time(attr.ctime, attr.ctimensec),
+            mtime: time(attr.mtime, attr.mtimensec),
+            rdev_major: (attr.rdev >> 8) & 0xfff,
+            rdev_minor: (attr.rdev & 0xff) | ((attr.rdev >> 12) & 0xf_ff00),
+            ..StatxOut::new_zeroed()
+        };
+        if self.is_single() && id == ROOT_ID {
+            return Ok(out);
+        }
+        let node = self.node(id)?;
+        let born = rustix::fs::statx(&node.file, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME)?;
+        if StatxFlags::from_bits_retain(born.stx_mask).contains(StatxFlags::BTIME) {
+            out.mask |= StatxFlags::BTIME.bits();
+            out.btime = Time {
+                seconds: born.stx_btime.tv_sec,
+                nanoseconds: born.stx_btime.tv_nsec,
+                reserved: 0,
+            };
+        }
+        Ok(out)
     }
 
     fn attr_out(&self, attr: Attr) -> AttrOut {
@@ -116,21 +162,42 @@ impl Tree {
         match (self.overlay.mode(), node.kind) {
             (StatVirt::Off, _) => {
                 if moved {
-                    return Err(Errno::PERM);
+                    let uid = (view.uid != before.uid).then_some(view.uid);
+                    let gid = (view.gid != before.gid).then_some(view.gid);
+                    sys::chown(node.fd(), uid, gid)?;
                 }
                 if args.valid & set::MODE == 0 {
                     return Ok(());
                 }
+                // Root reads and writes whatever the mode, anybody else locks himself out.
                 let floor = match node.kind {
+                    FileType::Symlink => return Err(Errno::OPNOTSUPP),
+                    _ if self.overlay.gives_away() => 0,
                     FileType::RegularFile => 0o600,
                     FileType::Directory => 0o700,
-                    FileType::Symlink => return Err(Errno::OPNOTSUPP),
                     _ => 0,
                 };
                 sys::chmod(node.fd(), (args.mode & 0o7777) | floor)
             }
             (_, FileType::RegularFile | FileType::Directory) => {
-                self.overlay.write(node.fd(), &stat, view)
+                match self.overlay.write(node.fd(), &stat, view) {
+                    // The host keeps what it can without extended attributes.
+                    Err(Errno::OPNOTSUPP) if self.overlay.mode() == StatVirt::Relaxed => {
+                        if moved {
+                            return Err(Errno::PERM);
+                        }
+                        let floor = match node.kind {
+                            FileType::Directory => 0o700,
+                            _ => 0o600,
+                        };
+                        return sys::chmod(node.fd(), (view.mode & 0o777) | floor);
+                    }
+                    result => result?,
+                }
+                if args.valid & set::MODE != 0 {
+                    self.list_follows(node.fd(), view.mode)?;
+                }
+                Ok(())
             }
             // A real link cannot hold an override, and its owner decides nothing that matters:
             // refusing would only make every unpacking of an archive fail.
@@ -188,6 +255,14 @@ impl Tree {
         // The root of a single-file mount is no node, but its directory tells as much.
         let id = if self.is_single() { FILE_ID } else { id };
         rustix::fs::fstatvfs(&self.node(id)?.file)
+    }
+}
+
+fn time(seconds: u64, nanoseconds: u32) -> Time {
+    Time {
+        seconds: seconds.cast_signed(),
+        nanoseconds,
+        reserved: 0,
     }
 }
 

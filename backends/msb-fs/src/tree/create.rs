@@ -1,7 +1,7 @@
 //! Making, moving and removing the entries of directories.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, FileType, OFlags, RenameFlags, Stat};
@@ -10,25 +10,33 @@ use rustix::io::Errno;
 use super::handle::FileHandle;
 use super::lookup::open_known;
 use super::node::{Access, Node};
+use super::xattr::inherit_lists;
 use super::{Caller, Result, StatVirt, Tree, entry_name};
 use crate::sys;
-use crate::wire::abi::{CreateIn, EntryOut, MknodIn, OpenOut, oflag};
+use crate::wire::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut, oflag};
+use crate::wire::acl::Acl;
 
 const S_IFMT: u32 = 0o170_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFLNK: u32 = 0o120_000;
+const S_IFIFO: u32 = 0o010_000;
+const S_IFSOCK: u32 = 0o140_000;
+const S_IFCHR: u32 = 0o020_000;
+const S_IFBLK: u32 = 0o060_000;
+const S_ISUID: u32 = 0o4000;
 const S_ISGID: u32 = 0o2000;
 /// Longest target of a symbolic link, without the final zero byte.
 const TARGET_MAX: usize = 4095;
 
 /// What a new inode is to look like in the guest.
-#[derive(Clone, Copy)]
 struct Shape {
     owner: Caller,
     /// With type bits.
     mode: u32,
     rdev: u32,
+    /// The list that its directory hands down, as it is there and as it is for this inode.
+    lists: Option<(Acl, Acl)>,
 }
 
 impl Tree {
@@ -43,7 +51,8 @@ impl Tree {
         let name = entry_name(name)?;
         let parent = self.directory(parent)?;
         let mode = S_IFREG | (args.mode & 0o7777);
-        match self.make_file(&parent, name, self.shape(&parent, mode, 0, caller)?) {
+        let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
+        match self.make_file(&parent, name, &shape) {
             Ok((file, stat)) => {
                 let (entry, node, spare) = self.enter(&stat, file)?;
                 let handle = FileHandle {
@@ -78,10 +87,11 @@ impl Tree {
         caller: Caller,
     ) -> Result<(EntryOut, OpenOut)> {
         let parent = self.directory(parent)?;
-        let shape = self.shape(&parent, S_IFREG | (args.mode & 0o7777), 0, caller)?;
+        let mode = S_IFREG | (args.mode & 0o7777);
+        let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         let flags = OFlags::RDWR | OFlags::TMPFILE;
         let file = sys::open_in(&parent.file, c".", flags, self.host_mode(shape.mode))?;
-        self.dress(&file, shape)?;
+        self.dress(file.as_fd(), &shape)?;
         let stat = rustix::fs::fstat(&file)?;
         let (entry, node, own) = self.enter(&stat, file)?;
         let handle = FileHandle {
@@ -97,18 +107,21 @@ impl Tree {
     }
 
     /// Creates a directory.
-    pub fn mkdir(&self, parent: u64, name: &CStr, mode: u32, caller: Caller) -> Result<EntryOut> {
+    pub fn mkdir(
+        &self,
+        parent: u64,
+        name: &CStr,
+        args: MkdirIn,
+        caller: Caller,
+    ) -> Result<EntryOut> {
         let name = entry_name(name)?;
         let parent = self.directory(parent)?;
-        let mut shape = self.shape(&parent, S_IFDIR | (mode & 0o7777), 0, caller)?;
+        let mode = S_IFDIR | (args.mode & 0o7777);
+        let mut shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         if self.inherits_group(&parent)?.is_some() {
             shape.mode |= S_ISGID;
         }
-        let host = if self.overlay.is_off() {
-            (mode & 0o7777) | 0o700
-        } else {
-            0o700
-        };
+        let host = self.host_mode(shape.mode);
         rustix::fs::mkdirat(&parent.file, name, rustix::fs::Mode::from_raw_mode(host))?;
         let undo = |error| {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::REMOVEDIR).ok();
@@ -119,13 +132,14 @@ impl Tree {
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             return Err(Errno::STALE);
         }
-        self.dress(&file, shape).map_err(undo)?;
+        self.dress(file.as_fd(), &shape).map_err(undo)?;
         let stat = rustix::fs::fstat(&file)?;
         let (node, _) = self.nodes.insert(&stat, file, Access::Read);
         self.entry_of(&node, &stat)
     }
 
-    /// Creates a file of any type but directory. Special files are ordinary ones on the host.
+    /// Creates a file of any type but directory. Where ownership is kept apart from the host's,
+    /// special files are ordinary ones there.
     pub fn mknod(
         &self,
         parent: u64,
@@ -139,18 +153,44 @@ impl Tree {
             0 => S_IFREG,
             kind => kind,
         };
+        let mode = kind | (args.mode & 0o7777);
         match kind {
             S_IFREG => {}
-            // FIFO, socket, character and block device.
-            0o010_000 | 0o140_000 | 0o020_000 | 0o060_000 if self.overlay.is_off() => {
+            S_IFIFO | S_IFSOCK | S_IFCHR | S_IFBLK if !self.overlay.is_off() => {}
+            S_IFIFO | S_IFSOCK | S_IFCHR | S_IFBLK if !self.overlay.gives_away() => {
                 return Err(Errno::OPNOTSUPP);
             }
-            0o010_000 | 0o140_000 | 0o020_000 | 0o060_000 => {}
+            S_IFIFO | S_IFSOCK => {
+                let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
+                return self.make_special(&parent, name, &shape);
+            }
+            // The whiteout of an overlay file system stands for no device.
+            S_IFCHR if args.rdev == 0 => {
+                let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
+                return self.make_special(&parent, name, &shape);
+            }
+            // Devices of the host are none of the guest's, whoever runs the server.
+            S_IFCHR | S_IFBLK => return Err(Errno::PERM),
             _ => return Err(Errno::INVAL),
         }
-        let shape = self.shape(&parent, kind | (args.mode & 0o7777), args.rdev, caller)?;
-        let (file, stat) = self.make_file(&parent, name, shape)?;
+        let shape = self.shape(&parent, (mode, args.umask), args.rdev, caller)?;
+        let (file, stat) = self.make_file(&parent, name, &shape)?;
         Ok(self.enter(&stat, file)?.0)
+    }
+
+    /// Creates a pipe, a socket or a whiteout on the host.
+    fn make_special(&self, parent: &Node, name: &CStr, shape: &Shape) -> Result<EntryOut> {
+        let kind = FileType::from_raw_mode(shape.mode);
+        let mode = rustix::fs::Mode::from_raw_mode(shape.mode & 0o7777);
+        rustix::fs::mknodat(&parent.file, name, kind, mode, 0)?;
+        let place = sys::open_in(&parent.file, name, OFlags::PATH, 0);
+        let dressed = place.and_then(|place| self.dress(place.as_fd(), shape));
+        if let Err(error) = dressed {
+            rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
+            return Err(error);
+        }
+        let (node, attr) = self.resolve(parent, name)?;
+        Ok(self.entry(node.id, attr))
     }
 
     /// Creates a symbolic link: a file that holds the target in strict mode, a real one otherwise.
@@ -168,13 +208,17 @@ impl Tree {
             len if len > TARGET_MAX => return Err(Errno::NAMETOOLONG),
             _ => {}
         }
+        let mut shape = self.shape(&parent, (S_IFLNK | 0o777, 0), 0, caller)?;
+        shape.lists = None;
         if self.overlay.mode() != StatVirt::Strict {
             rustix::fs::symlinkat(target, &parent.file, name)?;
+            if self.overlay.gives_away() {
+                sys::chown_in(&parent.file, name, shape.owner.uid, shape.owner.gid)?;
+            }
             let (node, attr) = self.resolve(&parent, name)?;
             return Ok(self.entry(node.id, attr));
         }
-        let shape = self.shape(&parent, S_IFLNK | 0o777, 0, caller)?;
-        let (file, _) = self.make_file(&parent, name, shape)?;
+        let (file, _) = self.make_file(&parent, name, &shape)?;
         let written = rustix::io::pwrite(&file, target.to_bytes(), 0);
         if written != Ok(target.to_bytes().len()) {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
@@ -241,11 +285,29 @@ impl Tree {
     ) -> Result<()> {
         let (old, new) = (entry_name(old)?, entry_name(new)?);
         let (from, to) = (self.directory(from)?, self.directory(to)?);
-        let known = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE;
-        // A whiteout would be a real device node on the host.
-        let flags = RenameFlags::from_bits(flags).filter(|flags| known.contains(*flags));
-        let flags = flags.ok_or(Errno::INVAL)?;
-        rustix::fs::renameat_with(&from.file, old, &to.file, new, flags)
+        let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        let known = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE | RenameFlags::WHITEOUT;
+        if !known.contains(flags) || flags.contains(RenameFlags::EXCHANGE | RenameFlags::WHITEOUT) {
+            return Err(Errno::INVAL);
+        }
+        if !flags.contains(RenameFlags::WHITEOUT) || self.overlay.is_off() {
+            return rustix::fs::renameat_with(&from.file, old, &to.file, new, flags);
+        }
+        let plain = flags - RenameFlags::WHITEOUT;
+        rustix::fs::renameat_with(&from.file, old, &to.file, new, plain)?;
+        // The device 0:0 is in the guest's eyes only, as is every other.
+        let whiteout = Shape {
+            owner: Caller { uid: 0, gid: 0 },
+            mode: S_IFCHR,
+            rdev: 0,
+            lists: None,
+        };
+        let made = self.make_file(&from, old, &whiteout);
+        if made.is_err() {
+            let back = RenameFlags::NOREPLACE;
+            rustix::fs::renameat_with(&to.file, new, &from.file, old, back).ok();
+        }
+        made.map(drop)
     }
 
     /// The group that new entries of `parent` get, when it hands its own down.
@@ -255,35 +317,65 @@ impl Tree {
         Ok((view.mode & S_ISGID != 0).then_some(view.gid))
     }
 
-    fn shape(&self, parent: &Node, mode: u32, rdev: u32, owner: Caller) -> Result<Shape> {
-        let gid = if self.overlay.is_off() {
-            None
-        } else {
-            self.inherits_group(parent)?
-        };
+    /// What a new entry of `parent` is to look like that `owner` makes with `mode`, under `umask`.
+    fn shape(
+        &self,
+        parent: &Node,
+        (mut mode, umask): (u32, u32),
+        rdev: u32,
+        owner: Caller,
+    ) -> Result<Shape> {
+        let handed_down = self.inherits_group(parent)?;
+        let gid = handed_down.unwrap_or(owner.gid);
+        // Nobody becomes a member of a group by making a program that runs as one.
+        let foreign = handed_down.is_some() && owner.uid != 0 && owner.gid != gid;
+        if foreign && mode & S_IFMT != S_IFDIR && mode & (S_ISGID | 0o010) == S_ISGID | 0o010 {
+            mode &= !S_ISGID;
+        }
+        let mut lists = None;
+        if self.rules.lists {
+            match self.default_list(parent)? {
+                // The host's kernel applies its own lists to what is made there.
+                Some(_) if self.overlay.is_off() => {}
+                Some(default) => {
+                    let list = default.clone().inherited(mode);
+                    mode = (mode & !0o777) | list.permissions();
+                    lists = Some((default, list));
+                }
+                None => mode &= !(umask & 0o777),
+            }
+        }
         Ok(Shape {
             owner: Caller {
                 uid: owner.uid,
-                gid: gid.unwrap_or(owner.gid),
+                gid,
             },
             mode,
             rdev,
+            lists,
         })
     }
 
+    /// The mode with which a file is made on the host.
     fn host_mode(&self, mode: u32) -> u32 {
-        if self.overlay.is_off() {
-            (mode & 0o7777) | 0o600
+        let floor = match mode & S_IFMT {
+            S_IFDIR => 0o700,
+            _ => 0o600,
+        };
+        if self.overlay.gives_away() {
+            mode & 0o7777
+        } else if self.overlay.is_off() {
+            (mode & 0o7777) | floor
         } else {
-            0o600
+            floor
         }
     }
 
     /// Creates a regular host file that did not exist, and gives it its attributes.
-    fn make_file(&self, parent: &Node, name: &CStr, shape: Shape) -> Result<(OwnedFd, Stat)> {
+    fn make_file(&self, parent: &Node, name: &CStr, shape: &Shape) -> Result<(OwnedFd, Stat)> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
         let file = sys::open_in(&parent.file, name, flags, self.host_mode(shape.mode))?;
-        if let Err(error) = self.dress(&file, shape) {
+        if let Err(error) = self.dress(file.as_fd(), shape) {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
             return Err(error);
         }
@@ -292,11 +384,42 @@ impl Tree {
     }
 
     /// Gives a new inode its attributes.
-    fn dress(&self, file: &OwnedFd, shape: Shape) -> Result<()> {
+    fn dress(&self, file: BorrowedFd<'_>, shape: &Shape) -> Result<()> {
+        let Shape { owner, mode, .. } = *shape;
         let stat = rustix::fs::fstat(file)?;
-        let Shape { owner, mode, rdev } = shape;
-        self.overlay
-            .initialise(file.as_fd(), &stat, (owner, mode, rdev))
+        if self.overlay.gives_away() {
+            sys::chown(file, Some(owner.uid), Some(owner.gid))?;
+            // A change of owner has cleared these.
+            let special = mode & (S_ISUID | S_ISGID);
+            if special != 0 {
+                sys::chmod(file, (stat.st_mode & 0o1777) | special)?;
+            }
+            return Ok(());
+        }
+        match self
+            .overlay
+            .initialise(file, &stat, (owner, mode, shape.rdev))
+        {
+            // Better a file with the host's attributes than none.
+            Err(Errno::OPNOTSUPP) if self.overlay.mode() == StatVirt::Relaxed => {
+                return self.dress_plainly(file, mode);
+            }
+            result => result?,
+        }
+        let Some((default, list)) = &shape.lists else {
+            return Ok(());
+        };
+        let default = (mode & S_IFMT == S_IFDIR).then_some(default);
+        inherit_lists(file, default, list)
+    }
+
+    /// Gives a new inode the attributes that a file system without extended ones can hold.
+    fn dress_plainly(&self, file: BorrowedFd<'_>, mode: u32) -> Result<()> {
+        match mode & S_IFMT {
+            S_IFREG => sys::chmod(file, (mode & 0o777) | 0o600),
+            S_IFDIR => sys::chmod(file, (mode & 0o777) | 0o700),
+            _ => Err(Errno::OPNOTSUPP),
+        }
     }
 
     /// Makes a node of a new file that is open for reading and writing. The descriptor comes back

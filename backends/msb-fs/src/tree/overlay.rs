@@ -120,6 +120,11 @@ impl Overlay {
         self.rules.mode == StatVirt::Off
     }
 
+    /// Whether files get their owners on the host: root serves its host's files as they are.
+    pub(crate) fn gives_away(&self) -> bool {
+        self.is_off() && self.server == 0
+    }
+
     pub(crate) fn owns(&self, stat: &Stat) -> bool {
         stat.st_uid == self.server
     }

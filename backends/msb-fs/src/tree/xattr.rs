@@ -1,16 +1,21 @@
 //! Extended attributes of the guest.
 //!
 //! Names below `security.` and `trusted.` mean something to the host's kernel, and need privilege
-//! there. Except in the mode off they are kept below `user.msb.`, which the guest never sees.
+//! there; an access control list would change its permissions. Except in the mode off they are kept
+//! below `user.msb.`, which the guest never sees.
 
 use std::ffi::{CStr, CString};
+use std::os::fd::BorrowedFd;
 
-use rustix::fs::XattrFlags;
+use rustix::fs::{FileType, XattrFlags};
 use rustix::io::Errno;
+use rustix::path::Arg;
 
+use super::node::Node;
 use super::overlay::PREFIX;
-use super::{Result, Tree};
+use super::{Caller, Result, Tree};
 use crate::sys;
+use crate::wire::acl::{self, Acl};
 
 /// Longest value, the kernel's XATTR_SIZE_MAX.
 const VALUE_MAX: usize = 1 << 16;
@@ -22,16 +27,11 @@ impl Tree {
     pub fn getxattr(&self, id: u64, name: &CStr) -> Result<Vec<u8>> {
         let key = self.host_key(name)?;
         let node = self.node(id)?;
-        let mut value = vec![0; VALUE_MAX];
-        let len = match sys::getxattr(node.fd(), key.as_c_str(), &mut value) {
+        match read(node.fd(), &key) {
             // Programs of the host may have given capabilities to the file.
-            Err(Errno::NODATA) if name == c"security.capability" => {
-                sys::getxattr(node.fd(), name, &mut value)?
-            }
-            result => result?,
-        };
-        value.truncate(len);
-        Ok(value)
+            Err(Errno::NODATA) if name == c"security.capability" => read(node.fd(), name),
+            result => result,
+        }
     }
 
     /// The names of all attributes, each ended by a zero byte.
@@ -42,10 +42,11 @@ impl Tree {
         for name in all.split_inclusive(|byte| *byte == 0) {
             let inner = name.strip_prefix(PREFIX);
             let name = match inner {
-                Some(inner) if !self.overlay.is_off() && is_moved(inner) => inner,
+                Some(inner) if !self.overlay.is_off() && self.is_moved(inner) => inner,
                 Some(_) => continue,
+                None if self.overlay.is_off() && self.is_list(name) => name,
                 None if name.starts_with(b"system.") => continue,
-                None if is_moved(name) && !self.overlay.is_off() => continue,
+                None if self.is_moved(name) && !self.overlay.is_off() => continue,
                 None => name,
             };
             shown.extend_from_slice(name);
@@ -54,18 +55,112 @@ impl Tree {
     }
 
     /// Sets an attribute, with the flags of setxattr(2).
-    pub fn setxattr(&self, id: u64, name: &CStr, value: &[u8], flags: u32) -> Result<()> {
+    pub fn setxattr(
+        &self,
+        id: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        caller: Caller,
+    ) -> Result<()> {
         let key = self.host_key(name)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let node = self.node(id)?;
-        sys::setxattr(node.fd(), key.as_c_str(), value, flags)
+        if !self.overlay.is_off() && self.is_list(name.to_bytes()) {
+            return self.set_list(&node, &key, value, caller);
+        }
+        let result = sys::setxattr(node.fd(), key.as_c_str(), value, flags);
+        self.cannot_hold(&node, name, result)
     }
 
     /// Removes an attribute.
     pub fn removexattr(&self, id: u64, name: &CStr) -> Result<()> {
         let key = self.host_key(name)?;
         let node = self.node(id)?;
-        sys::removexattr(node.fd(), key.as_c_str())
+        let result = sys::removexattr(node.fd(), key.as_c_str());
+        self.cannot_hold(&node, name, result)
+    }
+
+    /// Links and special files of the host hold no attribute of an ordinary user. Programs that
+    /// ask for one below `security.` or `trusted.` expect EPERM for want of privilege alone.
+    fn cannot_hold(&self, node: &Node, name: &CStr, result: Result<()>) -> Result<()> {
+        let plain = matches!(node.kind, FileType::RegularFile | FileType::Directory);
+        match result {
+            Err(Errno::PERM)
+                if !plain && !self.overlay.is_off() && self.is_moved(name.to_bytes()) =>
+            {
+                Err(Errno::OPNOTSUPP)
+            }
+            result => result,
+        }
+    }
+
+    /// Sets an access control list that is kept apart from the host's.
+    fn set_list(&self, node: &Node, key: &CStr, value: &[u8], caller: Caller) -> Result<()> {
+        let list = Acl::from_bytes(value).ok_or(Errno::INVAL)?;
+        if key.to_bytes().ends_with(acl::DEFAULT) {
+            return match node.kind {
+                FileType::Directory => sys::setxattr(node.fd(), key, value, XattrFlags::empty()),
+                _ => Err(Errno::ACCESS),
+            };
+        }
+        let _guard = self.overlay.lock();
+        let stat = rustix::fs::fstat(node.fd())?;
+        let mut view = self.overlay.view(node, &stat)?;
+        view.mode = (view.mode & !0o777) | list.permissions();
+        let member = caller.uid == 0 || caller.gid == view.gid;
+        if !member && node.kind != FileType::Directory {
+            view.mode &= !0o2000;
+        }
+        if list.is_minimal() {
+            match sys::removexattr(node.fd(), key) {
+                Ok(()) | Err(Errno::NODATA) => {}
+                Err(error) => return Err(error),
+            }
+        } else {
+            sys::setxattr(node.fd(), key, value, XattrFlags::empty())?;
+        }
+        self.overlay.write(node.fd(), &stat, view)
+    }
+
+    /// What new entries of the directory `parent` inherit.
+    pub(super) fn default_list(&self, parent: &Node) -> Result<Option<Acl>> {
+        let name = if self.overlay.is_off() {
+            acl::DEFAULT.to_vec()
+        } else {
+            [PREFIX, acl::DEFAULT].concat()
+        };
+        match read(parent.fd(), name.as_slice()) {
+            Ok(bytes) => Ok(Acl::from_bytes(&bytes)),
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::ACCESS | Errno::PERM) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Brings the access control list of a file into line with its new permission bits.
+    pub(super) fn list_follows(&self, file: BorrowedFd<'_>, mode: u32) -> Result<()> {
+        if !self.rules.lists {
+            return Ok(());
+        }
+        let key = [PREFIX, acl::ACCESS].concat();
+        match read(file, key.as_slice()).map(|bytes| Acl::from_bytes(&bytes)) {
+            Ok(Some(list)) => {
+                let bytes = list.with_mode(mode).to_bytes();
+                sys::setxattr(file, key.as_slice(), &bytes, XattrFlags::empty())
+            }
+            Ok(None) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn is_list(&self, name: &[u8]) -> bool {
+        let name = name.strip_suffix(b"\0").unwrap_or(name);
+        self.rules.lists && (name == acl::ACCESS || name == acl::DEFAULT)
+    }
+
+    /// Whether the host keeps the attribute under another name.
+    fn is_moved(&self, name: &[u8]) -> bool {
+        name.starts_with(b"security.") || name.starts_with(b"trusted.") || self.is_list(name)
     }
 
     /// The name under which the host keeps the guest's attribute `name`.
@@ -77,11 +172,11 @@ impl Tree {
         if bytes.starts_with(PREFIX) {
             return Err(Errno::ACCESS);
         }
-        // An access control list would change the host's permissions behind the override.
-        if bytes.starts_with(b"system.") {
+        // Unasked, a list would change the host's permissions behind the override.
+        if bytes.starts_with(b"system.") && !self.is_list(bytes) {
             return Err(Errno::OPNOTSUPP);
         }
-        if self.overlay.is_off() || !is_moved(bytes) {
+        if self.overlay.is_off() || !self.is_moved(bytes) {
             return Ok(name.to_owned());
         }
         let key = [PREFIX, bytes].concat();
@@ -92,6 +187,33 @@ impl Tree {
     }
 }
 
-fn is_moved(name: &[u8]) -> bool {
-    name.starts_with(b"security.") || name.starts_with(b"trusted.")
+/// The value of an attribute of the host.
+fn read(file: BorrowedFd<'_>, name: impl Arg + Copy) -> Result<Vec<u8>> {
+    let mut few = [0; 256];
+    match sys::getxattr(file, name, &mut few) {
+        Ok(len) => Ok(few.get(..len).unwrap_or(&few).to_vec()),
+        Err(Errno::RANGE) => {
+            let mut value = vec![0; VALUE_MAX];
+            let len = sys::getxattr(file, name, &mut value)?;
+            value.truncate(len);
+            Ok(value)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Stores what a new inode has inherited: a directory hands the default list on, and every inode
+/// has the other.
+pub(super) fn inherit_lists(file: BorrowedFd<'_>, default: Option<&Acl>, list: &Acl) -> Result<()> {
+    let store = |name: &[u8], list: &Acl| {
+        let key = [PREFIX, name].concat();
+        sys::setxattr(file, key.as_slice(), &list.to_bytes(), XattrFlags::empty())
+    };
+    if let Some(default) = default {
+        store(acl::DEFAULT, default)?;
+    }
+    if list.is_minimal() {
+        return Ok(());
+    }
+    store(acl::ACCESS, list)
 }

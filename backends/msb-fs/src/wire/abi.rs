@@ -43,6 +43,15 @@ wire! {
     }
     AttrOut { attr_valid: u64, attr_valid_nsec: u32, dummy: u32, attr: Attr }
     GetattrIn { flags: u32, dummy: u32, fh: u64 }
+    StatxIn { getattr_flags: u32, reserved: u32, fh: u64, flags: u32, mask: u32 }
+    Time { seconds: i64, nanoseconds: u32, reserved: i32 }
+    StatxOut {
+        attr_valid: u64, attr_valid_nsec: u32, flags: u32, spare: [u64; 2],
+        mask: u32, blksize: u32, attributes: u64, nlink: u32, uid: u32, gid: u32,
+        mode: u16, spare0: u16, ino: u64, size: u64, blocks: u64, attributes_mask: u64,
+        atime: Time, btime: Time, ctime: Time, mtime: Time,
+        rdev_major: u32, rdev_minor: u32, dev_major: u32, dev_minor: u32, spare2: [u64; 14],
+    }
     SetattrIn {
         valid: u32, padding: u32, fh: u64, size: u64, lock_owner: u64,
         atime: u64, mtime: u64, ctime: u64, atimensec: u32, mtimensec: u32, ctimensec: u32,
@@ -128,6 +137,7 @@ pub mod opcode {
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
     pub const DESTROY: u32 = 38;
+    pub const IOCTL: u32 = 39;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
     pub const READDIRPLUS: u32 = 44;
@@ -136,6 +146,7 @@ pub mod opcode {
     pub const COPY_FILE_RANGE: u32 = 47;
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
+    pub const STATX: u32 = 52;
 }
 
 /// Bits of INIT; those from 32 on travel in `flags2`.
@@ -143,6 +154,7 @@ pub mod init {
     pub const ASYNC_READ: u64 = 1;
     pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub const BIG_WRITES: u64 = 1 << 5;
+    pub const DONT_MASK: u64 = 1 << 6;
     pub const AUTO_INVAL_DATA: u64 = 1 << 12;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
     pub const READDIRPLUS_AUTO: u64 = 1 << 14;
@@ -150,6 +162,7 @@ pub mod init {
     pub const WRITEBACK_CACHE: u64 = 1 << 16;
     pub const NO_OPEN_SUPPORT: u64 = 1 << 17;
     pub const PARALLEL_DIROPS: u64 = 1 << 18;
+    pub const POSIX_ACL: u64 = 1 << 20;
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
     pub const SUBMOUNTS: u64 = 1 << 27;

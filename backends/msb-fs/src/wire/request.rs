@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 use super::abi::{
     AccessIn, BatchForgetIn, CopyFileRangeIn, CreateIn, FallocateIn, ForgetIn, ForgetOne, FsyncIn,
     GetattrIn, GetxattrIn, InitIn, LinkIn, LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn,
-    Rename2In, RenameIn, SetattrIn, SetxattrIn, oflag, opcode,
+    Rename2In, RenameIn, SetattrIn, SetxattrIn, StatxIn, oflag, opcode,
 };
 
 /// The bytes are no request of this protocol.
@@ -39,6 +39,7 @@ pub enum Operation<'a> {
         list: Vec<ForgetOne>,
     },
     Getattr(GetattrIn),
+    Statx(StatxIn),
     Setattr(SetattrIn),
     Readlink,
     Symlink {
@@ -151,6 +152,7 @@ impl Operation<'_> {
             | Self::Forget { .. }
             | Self::BatchForget { .. }
             | Self::Getattr(_)
+            | Self::Statx(_)
             | Self::Readlink
             | Self::Read(_)
             | Self::Statfs
@@ -181,6 +183,7 @@ pub fn parse(code: u32, bytes: &[u8]) -> Result<Operation<'_>, WireError> {
     let mut body = Body(bytes);
     let operation = match code {
         opcode::SETATTR => Operation::Setattr(body.take()?),
+        opcode::STATX => Operation::Statx(body.take()?),
         opcode::OPEN => Operation::Open(body.take()?),
         opcode::READ => Operation::Read(body.take()?),
         opcode::FALLOCATE => Operation::Fallocate(body.take()?),

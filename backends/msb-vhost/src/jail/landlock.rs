@@ -15,7 +15,11 @@ use super::{JailError, Layer};
 const NEWEST: ABI = ABI::V9;
 
 /// Restricts this thread, and those it starts, to `share`. Returns the version in force.
-pub(super) fn restrict(share: Option<&OwnedFd>, read_only: bool) -> Result<u8, JailError> {
+pub(super) fn restrict(
+    share: Option<&OwnedFd>,
+    read_only: bool,
+    special_files: bool,
+) -> Result<u8, JailError> {
     let refused = |step: &'static str| {
         move |error: landlock::RulesetError| {
             JailError::layer(Layer::Landlock, step, io::Error::other(error))
@@ -31,7 +35,7 @@ pub(super) fn restrict(share: Option<&OwnedFd>, read_only: bool) -> Result<u8, J
     if let Some(share) = share {
         let stat = rustix::fs::fstat(share)
             .map_err(|error| JailError::layer(Layer::Landlock, "look at the share", error))?;
-        let mut rights = rights(read_only);
+        let mut rights = rights(read_only, special_files);
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             rights &= AccessFs::from_file(NEWEST);
         }
@@ -53,16 +57,22 @@ pub(super) fn restrict(share: Option<&OwnedFd>, read_only: bool) -> Result<u8, J
     }
 }
 
-/// What a server does with files. Executing, devices, sockets, fifos and ioctls of devices are not
-/// among it: such files of the guest are ordinary ones on the host.
-fn rights(read_only: bool) -> BitFlags<AccessFs> {
+/// What a server does with files. Executing, devices and ioctls of devices are not among it, and
+/// sockets and fifos rarely: most such files of the guest are ordinary ones on the host.
+fn rights(read_only: bool, special_files: bool) -> BitFlags<AccessFs> {
     let read = make_bitflags!(AccessFs::{ReadFile | ReadDir});
     if read_only {
         return read;
     }
-    read | make_bitflags!(AccessFs::{
+    let write = make_bitflags!(AccessFs::{
         WriteFile | Truncate | RemoveDir | RemoveFile | MakeDir | MakeReg | MakeSym | Refer
-    })
+    });
+    if special_files {
+        // An overlay's whiteout is a character device by its type.
+        read | write | make_bitflags!(AccessFs::{MakeFifo | MakeSock | MakeChar})
+    } else {
+        read | write
+    }
 }
 
 fn missing(reason: &'static str) -> JailError {

@@ -91,6 +91,8 @@ pub enum Root {
         source: OwnedFd,
         /// Whether it can be changed.
         read_only: bool,
+        /// Whether pipes, sockets and the whiteouts of overlays may be made in it.
+        special_files: bool,
     },
 }
 
@@ -267,13 +269,14 @@ pub fn enter(jail: Jail) -> Result<Report, JailError> {
     };
 
     report.status = check::open_status();
-    let read_only = matches!(
-        jail.root,
+    let (read_only, special_files) = match jail.root {
         Root::Share {
-            read_only: true,
+            read_only,
+            special_files,
             ..
-        }
-    );
+        } => (read_only, special_files),
+        Root::Empty => (false, false),
+    };
     if apart {
         root::replace(jail.root, &mut report, &mut demand)?;
     } else {
@@ -282,7 +285,7 @@ pub fn enter(jail: Jail) -> Result<Report, JailError> {
     demand.layer(credentials::drop_privileges(jail.identity))?;
     credentials::limit_descriptors(jail.open_files);
     demand.layer(credentials::harden(bond, parent))?;
-    let landlock = landlock::restrict(report.share.as_ref(), read_only);
+    let landlock = landlock::restrict(report.share.as_ref(), read_only, special_files);
     report.landlock_abi = demand.layer(landlock)?.unwrap_or_default();
     report.missing = demand.missing;
     Ok(report)

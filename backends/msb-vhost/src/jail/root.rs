@@ -26,9 +26,9 @@ pub(super) fn replace(
 ) -> Result<(), JailError> {
     let replaced = match &root {
         Root::Empty => enter_empty().map(|()| (None, None)),
-        Root::Share { source, read_only } => {
-            enter_share(source.as_fd(), *read_only).map(|(s, d)| (Some(s), Some(d)))
-        }
+        Root::Share {
+            source, read_only, ..
+        } => enter_share(source.as_fd(), *read_only).map(|(s, d)| (Some(s), Some(d))),
     };
     match demand.layer(replaced)? {
         Some((share, descriptors)) => {

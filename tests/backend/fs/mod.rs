@@ -2,126 +2,17 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use msb_testkit::frontend::{DATA, EVENT_IDX, FrontEnd, Part};
-use msb_testkit::msb::binary;
 use tempfile::TempDir;
 
-const LOOKUP: u32 = 1;
-const GETATTR: u32 = 3;
-const SETATTR: u32 = 4;
-const SYMLINK: u32 = 6;
-const MKNOD: u32 = 8;
-const MKDIR: u32 = 9;
-const UNLINK: u32 = 10;
-const RMDIR: u32 = 11;
-const RENAME: u32 = 12;
-const LINK: u32 = 13;
-const OPEN: u32 = 14;
-const SETXATTR: u32 = 21;
-const REMOVEXATTR: u32 = 24;
-const INIT: u32 = 26;
-const CREATE: u32 = 35;
-const FALLOCATE: u32 = 43;
-const RENAME2: u32 = 45;
+mod attributes;
+mod client;
+
+use client::*;
 
 const ENOSYS: i32 = 38;
 const EROFS: i32 = 30;
-
-struct Server {
-    child: Child,
-    front: FrontEnd,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended with its front end already.
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
-}
-
-impl Server {
-    fn start(folder: &Path, flags: &[&str]) -> Result<Self> {
-        let socket = folder.join("fs.sock");
-        let child = Command::new(binary("msb-fs"))
-            .arg("--socket-path")
-            .arg(&socket)
-            .arg("--shared-dir")
-            .arg(folder.join("share"))
-            .args([
-                "--tag",
-                "share",
-                "--sandbox",
-                "strict",
-                "--log-level",
-                "warn",
-            ])
-            .args(flags)
-            .stdin(Stdio::null())
-            .spawn()
-            .context("starting msb-fs")?;
-        let mut server = Self {
-            child,
-            front: FrontEnd::connect(&socket, 4 << 20)?,
-        };
-        server.front.start(2, 128, EVENT_IDX)?;
-        let mut init = vec![7, 0, 0, 0, 38, 0, 0, 0, 0, 0, 2, 0];
-        init.extend_from_slice(&u32::MAX.to_le_bytes());
-        init.resize(64, 0);
-        let (error, _) = server.ask(INIT, 0, &init)?;
-        ensure!(error == 0, "INIT gave {error}");
-        Ok(server)
-    }
-
-    /// Sends a request as root of the guest; returns its errno and payload.
-    fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<(i32, Vec<u8>)> {
-        let mut bytes = Vec::new();
-        bytes.extend_from_slice(&u32::try_from(40 + body.len())?.to_le_bytes());
-        bytes.extend_from_slice(&opcode.to_le_bytes());
-        bytes.extend_from_slice(&77_u64.to_le_bytes());
-        bytes.extend_from_slice(&node.to_le_bytes());
-        bytes.resize(40, 0);
-        bytes.extend_from_slice(body);
-        self.front.memory.write(DATA, &bytes);
-        let back = DATA + (1 << 20);
-        self.front.put(
-            1,
-            &[
-                Part::Out(DATA, u32::try_from(bytes.len())?),
-                Part::In(back, 65536),
-            ],
-        );
-        self.front.kick(1)?;
-        let (_, written) = self.front.wait(1)?;
-        let reply = self.front.memory.read(back, usize::try_from(written)?);
-        ensure!(
-            reply.len() >= 16,
-            "a reply of {} bytes to {opcode}",
-            reply.len()
-        );
-        let len = u32::from_le_bytes(reply[..4].try_into()?);
-        let unique = u64::from_le_bytes(reply[8..16].try_into()?);
-        ensure!(
-            len == written && unique == 77,
-            "header says {len} and {unique}"
-        );
-        Ok((
-            -i32::from_le_bytes(reply[4..8].try_into()?),
-            reply[16..].to_vec(),
-        ))
-    }
-
-    /// Node number of a name.
-    fn find(&mut self, name: &str) -> Result<u64> {
-        let (error, entry) = self.ask(LOOKUP, 1, format!("{name}\0").as_bytes())?;
-        ensure!(error == 0, "{name}: errno {error}");
-        Ok(u64::from_le_bytes(entry[..8].try_into()?))
-    }
-}
 
 fn folder() -> Result<TempDir> {
     let folder = tempfile::tempdir()?;
@@ -129,16 +20,11 @@ fn folder() -> Result<TempDir> {
     Ok(folder)
 }
 
-/// Arguments of a request in front of its names.
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
 #[test]
 fn the_configuration_names_the_share_and_its_queues() -> Result<()> {
     let folder = folder()?;
     let mut server = Server::start(folder.path(), &[])?;
-    let config = server.front.config(0, 40)?;
+    let config = server.config(40)?;
     ensure!(
         config.starts_with(b"share\0") && config[36..] == [1, 0, 0, 0],
         "{config:?}"
