@@ -61,7 +61,9 @@ lint:
 	@cargo fmt --all --check
 	@cargo clippy -q --locked --workspace --all-targets -- -D warnings
 
+# `make bench ROWS=F1,B2` runs some rows; benches/README.md lists them and says what they mean.
 bench: build
+	@benches/setup.sh '$(TARGET)/peers'
 	@MSB_BIN_DIR='$(TARGET)/release' cargo bench -q --locked -p msb-benches
 
 install: build

@@ -1,1 +1,5 @@
-//! Benchmarks.
+//! Numbers for what users wait for, each against its peer in the same run.
+
+pub mod disk;
+pub mod harness;
+pub mod share;

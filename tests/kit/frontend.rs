@@ -115,6 +115,11 @@ impl GuestMemory {
         bytes
     }
 
+    /// Where guest address 0 lies in this process, for a driver of the caller's own.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
     pub(crate) fn index(&self, at: u64) -> &AtomicU16 {
         #[expect(clippy::cast_ptr_alignment, reason = "ring parts are aligned")]
         let pointer = self.pointer(at, 2).cast::<u16>();
@@ -679,11 +684,28 @@ impl Raw {
 }
 
 impl Driver {
-    pub(crate) fn available(&self) -> u64 {
+    /// Guest address of the descriptors.
+    pub fn descriptors(&self) -> u64 {
+        self.base
+    }
+
+    /// Guest address of the available ring.
+    pub fn available(&self) -> u64 {
         self.base + 16 * u64::from(self.size)
     }
 
-    pub(crate) fn used(&self) -> u64 {
+    /// What the driver signals.
+    pub fn kick(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    /// What the device signals.
+    pub fn call(&self) -> BorrowedFd<'_> {
+        self.call.as_fd()
+    }
+
+    /// Guest address of the used ring.
+    pub fn used(&self) -> u64 {
         (self.available() + 6 + 2 * u64::from(self.size)).next_multiple_of(16)
     }
 

@@ -1,0 +1,57 @@
+//! msb-blk against qemu-storage-daemon: `cargo bench -p msb-benches --bench blk -- randread`.
+
+use std::path::Path;
+
+use anyhow::Result;
+use clap::Parser;
+use msb_benches::disk::image::Folders;
+use msb_benches::disk::peers::contenders;
+use msb_benches::disk::rows::{ROWS, Row};
+use msb_benches::harness::cli::Options;
+use msb_benches::harness::compare::in_turns;
+use msb_benches::harness::server::prepare_machine;
+use msb_benches::harness::table::{Line, detail, markdown};
+use msb_benches::share::tree::bare_cost;
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let rows: Vec<&Row> = ROWS.iter().filter(|row| row.wanted(&options)).collect();
+    if options.list {
+        for row in &rows {
+            let goal = row.goals[0];
+            println!("{:<5} {:<22} {}", goal.id, row.name, goal.what);
+        }
+        return Ok(());
+    }
+    if rows.is_empty() {
+        return Ok(());
+    }
+    prepare_machine();
+    let named = |folder: &Path| tempfile::Builder::new().prefix("bench.").tempdir_in(folder);
+    let (disk, memory) = (named(&options.scratch())?, named(Path::new("/dev/shm"))?);
+    let folders = Folders {
+        disk: disk.path().to_owned(),
+        memory: memory.path().to_owned(),
+    };
+    let mut lines = Vec::new();
+    for row in &rows {
+        eprintln!("  {} {} ({})", row.goals[0].id, row.goals[0].what, row.name);
+        if let Some((len, write)) = row.bare() {
+            let path = folders.image(row.image)?;
+            let cost = bare_cost(&row.image.data_file(&path), len, write)?;
+            let direction = if write { "pwrite" } else { "pread" };
+            eprintln!("    a bare {direction} of {len} bytes: {cost:.2} µs");
+        }
+        let contenders = contenders(&options, row.wish, row.image)?;
+        let samples = in_turns(&contenders, options.rounds, |contender| {
+            row.run(contender, &options, &folders)
+        })?;
+        for (contender, samples) in contenders.iter().zip(&samples) {
+            eprintln!("{}", detail(contender, samples));
+        }
+        let judged = |goal| Line::new(goal, &contenders, &samples);
+        lines.extend(row.goals.iter().copied().map(judged));
+    }
+    println!("{}", markdown("msb-blk and qemu-storage-daemon", &lines));
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! msb-fs against virtiofsd: `cargo bench -p msb-benches --bench fs -- getattr`.
+
+use anyhow::Result;
+use clap::Parser;
+use msb_benches::harness::cli::Options;
+use msb_benches::harness::compare::in_turns;
+use msb_benches::harness::server::prepare_machine;
+use msb_benches::harness::table::{Line, detail, markdown};
+use msb_benches::share::peers::contenders;
+use msb_benches::share::rows::{ROWS, Row};
+use msb_benches::share::tree::{bare_cost, share};
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let rows: Vec<&Row> = ROWS
+        .iter()
+        .filter(|row| options.wants(row.goal.id, row.name))
+        .collect();
+    if options.list {
+        for row in &rows {
+            println!("{:<5} {:<20} {}", row.goal.id, row.name, row.goal.what);
+        }
+        return Ok(());
+    }
+    if rows.is_empty() {
+        return Ok(());
+    }
+    prepare_machine();
+    let scratch = tempfile::Builder::new()
+        .prefix("bench.")
+        .tempdir_in(options.scratch())?;
+    let folder = scratch.path();
+    let share = share(folder)?;
+    let mut lines = Vec::new();
+    for row in &rows {
+        eprintln!("  {} {} ({})", row.goal.id, row.goal.what, row.name);
+        if let Some((name, len, write)) = row.bare {
+            let cost = bare_cost(&share.join(name), len, write)?;
+            let direction = if write { "pwrite" } else { "pread" };
+            eprintln!("    a bare {direction} of {len} bytes: {cost:.2} µs");
+        }
+        let contenders = contenders(&options, row.wish)?;
+        let samples = in_turns(&contenders, options.rounds, |contender| {
+            row.run(contender, &options, folder, &share)
+        })?;
+        for (contender, samples) in contenders.iter().zip(&samples) {
+            eprintln!("{}", detail(contender, samples));
+        }
+        lines.push(Line::new(row.goal, &contenders, &samples));
+    }
+    println!(
+        "{}",
+        markdown("msb-fs and virtiofsd, queues driven directly", &lines)
+    );
+    Ok(())
+}

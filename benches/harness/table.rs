@@ -1,0 +1,204 @@
+//! Results as Markdown: one line for each row, with its target and whether it is met.
+
+use std::fmt::Write as _;
+
+use super::compare::{Measure, median};
+use super::load::Sample;
+use super::server::{Contender, Role};
+
+/// What is judged about a row.
+#[derive(Debug, Clone, Copy)]
+pub struct Goal {
+    /// Number in the list of targets.
+    pub id: &'static str,
+    /// What is done, in words.
+    pub what: &'static str,
+    /// What is compared.
+    pub measure: Measure,
+    /// The ratio that is wanted.
+    pub target: f64,
+    /// Against the peer as it comes, or against the best of its configurations.
+    pub against: Against,
+}
+
+/// Whom a ratio is taken against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Against {
+    /// The peer without tuning.
+    Default,
+    /// Whichever of its configurations does best.
+    Best,
+    /// Our own on an easier subject.
+    Itself,
+    /// The host without a server.
+    Native,
+}
+
+/// A finished row.
+#[derive(Debug, Clone)]
+pub struct Line {
+    goal: Goal,
+    /// Label, role and median of each contender.
+    figures: Vec<(String, Role, f64)>,
+}
+
+impl Line {
+    /// Judges the samples of a row.
+    pub fn new(goal: Goal, contenders: &[Contender], samples: &[Vec<Sample>]) -> Self {
+        let figures = contenders
+            .iter()
+            .zip(samples)
+            .map(|(contender, samples)| {
+                let values: Vec<f64> = samples.iter().map(|one| goal.measure.of(one)).collect();
+                (contender.label.clone(), contender.role, median(&values))
+            })
+            .collect();
+        Self { goal, figures }
+    }
+
+    /// How often better our default is than the peer; `None` when one of both is missing.
+    pub fn ratio(&self) -> Option<f64> {
+        let ours = self
+            .figures
+            .iter()
+            .find(|(_, role, _)| *role == Role::Judged)?
+            .2;
+        self.figures
+            .iter()
+            .filter(|(_, role, _)| match self.goal.against {
+                Against::Default => *role == Role::Peer,
+                Against::Itself => *role == Role::Itself,
+                Against::Native => *role == Role::Native,
+                Against::Best => matches!(role, Role::Peer | Role::TunedPeer),
+            })
+            .map(|(_, _, theirs)| self.goal.measure.ratio(ours, *theirs))
+            .min_by(f64::total_cmp)
+    }
+
+    /// A line of the table, for the columns of `labels`.
+    fn markdown(&self, labels: &[String]) -> String {
+        let goal = self.goal;
+        let mut line = format!("| {} | {} | {} |", goal.id, goal.what, goal.measure.unit());
+        for label in labels {
+            let figure = self.figures.iter().find(|(name, ..)| name == label);
+            let text = figure.map_or("–".to_owned(), |(_, _, value)| number(*value));
+            write!(line, " {text} |").expect("writing to a string");
+        }
+        let against = match goal.against {
+            Against::Default => " of default",
+            Against::Best | Against::Itself | Against::Native => "",
+        };
+        let (ratio, verdict) = match self.ratio() {
+            None => ("–".to_owned(), "–"),
+            Some(ratio) if ratio >= goal.target => (format!("**{ratio:.2}**"), "met"),
+            Some(ratio) => (format!("{ratio:.2}"), "missed"),
+        };
+        write!(line, " {ratio}{against} | ≥ {} | {verdict} |", goal.target)
+            .expect("writing to a string");
+        line
+    }
+}
+
+/// The whole table, under a heading.
+pub fn markdown(title: &str, lines: &[Line]) -> String {
+    let mut labels: Vec<String> = Vec::new();
+    for (label, ..) in lines.iter().flat_map(|line| &line.figures) {
+        if !labels.contains(label) {
+            labels.push(label.clone());
+        }
+    }
+    let mut text = format!("\n### {title}\n\n| row | what | measure |");
+    for label in &labels {
+        write!(text, " {label} |").expect("writing to a string");
+    }
+    text.push_str(" ratio | target | |\n|---|---|---|");
+    text.push_str(&"--:|".repeat(labels.len()));
+    text.push_str("--:|--:|---|\n");
+    for line in lines {
+        text.push_str(&line.markdown(&labels));
+        text.push('\n');
+    }
+    text
+}
+
+/// Everything about one contender's samples, in one line for who watches.
+pub fn detail(contender: &Contender, samples: &[Sample]) -> String {
+    let of =
+        |figure: &dyn Fn(&Sample) -> f64| median(&samples.iter().map(figure).collect::<Vec<f64>>());
+    format!(
+        "    {:<22} {:>9}/s  p50 {:>8} µs  p99 {:>8} µs  CPU {:>7} µs",
+        contender.label,
+        number(of(&Sample::rate)),
+        number(of(&|one| one.percentile(0.5))),
+        number(of(&|one| one.percentile(0.99))),
+        number(of(&Sample::cpu_per_unit)),
+    )
+}
+
+/// Three significant digits.
+pub fn number(value: f64) -> String {
+    match value.abs() {
+        _ if !value.is_finite() => "–".to_owned(),
+        size if size >= 1e6 => format!("{:.2} M", value / 1e6),
+        size if size >= 1e4 => format!("{:.0} k", value / 1e3),
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Against, Goal, Line, markdown, number};
+    use crate::harness::compare::Measure;
+    use crate::harness::load::Sample;
+    use crate::harness::server::{Contender, Role};
+
+    #[test]
+    fn a_row_is_judged_by_our_default_against_the_best_peer() {
+        let goal = Goal {
+            id: "X1",
+            what: "nothing",
+            measure: Measure::Cpu,
+            target: 2.0,
+            against: Against::Best,
+        };
+        let contender = |label: &str, role| Contender {
+            label: label.to_owned(),
+            role,
+            program: "none".into(),
+            flags: Vec::new(),
+        };
+        let contenders = [
+            contender("ours", Role::Judged),
+            contender("other", Role::Ours),
+            contender("peer", Role::Peer),
+            contender("tuned", Role::TunedPeer),
+        ];
+        let sample = |micros| Sample {
+            units: 1,
+            elapsed: Duration::from_secs(1),
+            cpu: Duration::from_micros(micros),
+            latency: vec![1],
+        };
+        let samples: Vec<_> = [1, 9, 4, 3].map(|micros| vec![sample(micros)]).into();
+        let line = Line::new(goal, &contenders, &samples);
+        assert!((line.ratio().expect("both sides") - 3.0).abs() < 1e-9);
+        let table = markdown("T", &[line]);
+        assert!(
+            table.contains(
+                "| X1 | nothing | CPU µs | 1.00 | 9.00 | 4.00 | 3.00 | **3.00** | ≥ 2 | met |"
+            ),
+            "{table}"
+        );
+    }
+
+    #[test]
+    fn numbers_keep_three_digits() {
+        assert_eq!(number(0.123), "0.12");
+        assert_eq!(number(285_123.0), "285 k");
+        assert_eq!(number(1_234_567.0), "1.23 M");
+    }
+}
