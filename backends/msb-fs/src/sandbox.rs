@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 
 use msb_vhost::jail::{Call, CapabilitySet, Check, Identity, Jail, Root, SandboxMode};
 
+use crate::sys::SYS_GETXATTRAT;
 use crate::tree::StatVirt;
 
 /// The jail of a file server for the share behind `source`. `open_files` bounds the descriptors.
@@ -71,6 +72,7 @@ const READING: &[Call] = &[
     Call::any(libc::SYS_preadv2),
     Call::any(libc::SYS_getxattr),
     Call::any(libc::SYS_fgetxattr),
+    Call::any(SYS_GETXATTRAT),
     Call::any(libc::SYS_listxattr),
     Call::any(libc::SYS_flistxattr),
     Call::any(libc::SYS_fstatfs),

@@ -6,17 +6,19 @@ use msb_vhost::{Request, Segments};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
-use crate::tree::{Caching, Caller, Tree};
+use crate::tree::{Caching, Caller, Tree, Wanted};
 use crate::wire::abi::{
-    self, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OutHeader, ReadIn,
-    StatfsOut, WriteIn, WriteOut, init, oflag, opcode,
+    self, EntryOut, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OpenOut,
+    OutHeader, ReadIn, StatfsOut, WriteIn, WriteOut, init, oflag, opcode,
 };
-use crate::wire::reply::{self, HEADER_LEN, Listing};
+use crate::wire::reply::{self, HEADER_LEN};
 use crate::wire::request::{self, Operation, WireError};
 
 /// Largest body of a request that is not a WRITE: a SETXATTR with the longest value and name, and
 /// room for extensions.
 const BODY_MAX: usize = 1 << 17;
+/// Bodies up to this length are read onto the stack: all those of two names and less.
+const BODY_SMALL: usize = 640;
 /// Largest READ and WRITE.
 const DATA_MAX: u32 = 1 << 20;
 const PAGE_SIZE: u32 = 4096;
@@ -29,10 +31,15 @@ pub struct Session {
     unopened: AtomicBool,
 }
 
+/// Longest answer of fixed length: that of CREATE.
+const FIXED_MAX: usize = size_of::<EntryOut>() + size_of::<OpenOut>();
+
 /// What a request is answered with.
 enum Answer {
     /// Nothing: the protocol has no reply for it.
     None,
+    /// A structure or two.
+    Fixed([u8; FIXED_MAX], usize),
     /// These bytes.
     Bytes(Vec<u8>),
     /// So many bytes, which lie in place already.
@@ -41,15 +48,26 @@ enum Answer {
 
 impl Answer {
     fn of(value: &(impl IntoBytes + Immutable)) -> Self {
-        Self::Bytes(value.as_bytes().to_vec())
+        Self::pair(value, &[0_u8; 0])
     }
 
     fn pair(first: &(impl IntoBytes + Immutable), second: &(impl IntoBytes + Immutable)) -> Self {
-        Self::Bytes([first.as_bytes(), second.as_bytes()].concat())
+        let (first, second) = (first.as_bytes(), second.as_bytes());
+        let mut bytes = [0; FIXED_MAX];
+        let len = first.len() + second.len();
+        match bytes.get_mut(..len) {
+            Some(place) => {
+                let (front, back) = place.split_at_mut(first.len());
+                front.copy_from_slice(first);
+                back.copy_from_slice(second);
+                Self::Fixed(bytes, len)
+            }
+            None => Self::Bytes([first, second].concat()),
+        }
     }
 
     fn empty() -> Self {
-        Self::Bytes(Vec::new())
+        Self::Placed(0)
     }
 }
 
@@ -84,6 +102,10 @@ impl Session {
         let result = result.and_then(|answer| match answer {
             Answer::None => Ok(0),
             Answer::Placed(len) => Ok(len),
+            Answer::Fixed(bytes, len) => match bytes.get(..len) {
+                Some(bytes) if request.writable.write_all(bytes).is_ok() => Ok(len),
+                _ => Err(Errno::IO),
+            },
             Answer::Bytes(bytes) => match request.writable.write_all(&bytes) {
                 Ok(()) => Ok(bytes.len()),
                 Err(_) => Err(Errno::IO),
@@ -124,8 +146,16 @@ impl Session {
         if len > BODY_MAX {
             return Err(Errno::TOOBIG);
         }
-        let bytes = body.to_vec();
-        let operation = request::parse(header.opcode, &bytes).map_err(|error| match error {
+        let (mut small, mut large) = ([0; BODY_SMALL], Vec::new());
+        let bytes = match small.get_mut(..len) {
+            Some(bytes) => bytes,
+            None => {
+                large.resize(len, 0);
+                large.as_mut_slice()
+            }
+        };
+        body.read_exact(bytes).map_err(|_| Errno::INVAL)?;
+        let operation = request::parse(header.opcode, bytes).map_err(|error| match error {
             WireError::Short | WireError::Name => Errno::INVAL,
             // The guest takes that for a file system that has none, and asks no more.
             WireError::Opcode(opcode::IOCTL) => Errno::NOTTY,
@@ -163,7 +193,7 @@ impl Session {
             | Operation::Fsyncdir { .. }
             | Operation::Fallocate(_)
             | Operation::Lseek(_)
-            | Operation::CopyFileRange(_) => self.opened(id, &operation, writable.len()),
+            | Operation::CopyFileRange(_) => self.opened(id, &operation, writable),
             _ => self.attributes(id, caller, &operation),
         }
     }
@@ -212,7 +242,12 @@ impl Session {
     }
 
     /// Requests about open files and directories.
-    fn opened(&self, id: u64, operation: &Operation<'_>, room: usize) -> Result<Answer, Errno> {
+    fn opened(
+        &self,
+        id: u64,
+        operation: &Operation<'_>,
+        writable: &mut Segments,
+    ) -> Result<Answer, Errno> {
         let tree = &self.tree;
         match operation {
             Operation::Open(args) => {
@@ -223,9 +258,12 @@ impl Session {
             }
             Operation::Opendir => return Ok(Answer::of(&tree.opendir(id)?)),
             Operation::Readdir { args, plus } => {
-                let mut list = Listing::new(room.min(args.size as usize));
-                tree.readdir(id, args.fh, args.offset, *plus, &mut list)?;
-                return Ok(Answer::Bytes(list.into_bytes()));
+                let wanted = Wanted {
+                    offset: args.offset,
+                    plus: *plus,
+                    size: args.size as usize,
+                };
+                return Ok(Answer::Placed(tree.readdir(id, args.fh, wanted, writable)?));
             }
             Operation::Lseek(args) => {
                 let offset = tree.lseek(id, args)?;
@@ -235,7 +273,7 @@ impl Session {
                 let size = tree.copy(id, args)?;
                 return Ok(Answer::of(&WriteOut { size, padding: 0 }));
             }
-            Operation::Release { fh } | Operation::Releasedir { fh } => tree.release(*fh),
+            Operation::Release { fh } | Operation::Releasedir { fh } => drop(tree.release(*fh)),
             Operation::Fsync { fh, data_only } => tree.fsync(id, *fh, *data_only)?,
             Operation::Fsyncdir { fh, data_only } => tree.fsyncdir(id, *fh, *data_only)?,
             Operation::Fallocate(args) => tree.fallocate(id, args)?,

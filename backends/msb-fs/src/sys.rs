@@ -1,11 +1,10 @@
 //! System calls with the flags that keep them inside the shared directory.
 
 use std::ffi::CStr;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Stat, Uid};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Statx, StatxFlags, Uid};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
@@ -32,9 +31,93 @@ pub(crate) fn open_in(
     Err(Errno::AGAIN)
 }
 
+/// Attributes of an inode; the names are those of stat(2).
+#[derive(Debug, Clone, Copy, Default)]
+#[allow(
+    clippy::struct_field_names,
+    reason = "known to everybody by these names"
+)]
+pub(crate) struct Stat {
+    pub(crate) st_dev: u64,
+    pub(crate) st_ino: u64,
+    pub(crate) st_mode: u32,
+    pub(crate) st_nlink: u32,
+    pub(crate) st_uid: u32,
+    pub(crate) st_gid: u32,
+    pub(crate) st_rdev: u64,
+    pub(crate) st_size: u64,
+    pub(crate) st_blocks: u64,
+    pub(crate) st_blksize: u32,
+    pub(crate) st_atime: i64,
+    pub(crate) st_mtime: i64,
+    pub(crate) st_ctime: i64,
+    pub(crate) st_atime_nsec: u32,
+    pub(crate) st_mtime_nsec: u32,
+    pub(crate) st_ctime_nsec: u32,
+    /// When the inode was made, in nanoseconds, where the file system keeps that.
+    pub(crate) born: Option<i64>,
+}
+
+impl Stat {
+    pub(crate) fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.st_mode)
+    }
+
+    /// The change time in nanoseconds; `None` when it lies too far away to be one.
+    pub(crate) fn changed(&self) -> Option<i64> {
+        nanoseconds(self.st_ctime, self.st_ctime_nsec)
+    }
+
+    /// What tells this inode from another one that has got its number later.
+    pub(crate) fn born_or_changed(&self) -> Option<i64> {
+        self.born.or_else(|| self.changed())
+    }
+}
+
+impl From<Statx> for Stat {
+    fn from(found: Statx) -> Self {
+        let birth = found.stx_btime;
+        let has_birth = found.stx_mask & StatxFlags::BTIME.bits() != 0;
+        Self {
+            st_dev: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
+            st_ino: found.stx_ino,
+            st_mode: u32::from(found.stx_mode),
+            st_nlink: found.stx_nlink,
+            st_uid: found.stx_uid,
+            st_gid: found.stx_gid,
+            st_rdev: rustix::fs::makedev(found.stx_rdev_major, found.stx_rdev_minor),
+            st_size: found.stx_size,
+            st_blocks: found.stx_blocks,
+            st_blksize: found.stx_blksize,
+            st_atime: found.stx_atime.tv_sec,
+            st_mtime: found.stx_mtime.tv_sec,
+            st_ctime: found.stx_ctime.tv_sec,
+            st_atime_nsec: found.stx_atime.tv_nsec,
+            st_mtime_nsec: found.stx_mtime.tv_nsec,
+            st_ctime_nsec: found.stx_ctime.tv_nsec,
+            born: nanoseconds(birth.tv_sec, birth.tv_nsec).filter(|_| has_birth),
+        }
+    }
+}
+
+fn nanoseconds(seconds: i64, rest: u32) -> Option<i64> {
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(i64::from(rest))
+}
+
+/// What is asked of statx(2).
+const FIELDS: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
+
+/// Attributes of the file behind `fd`, which may be an O_PATH descriptor.
+pub(crate) fn stat(fd: impl AsFd) -> Result<Stat, Errno> {
+    rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, FIELDS).map(Stat::from)
+}
+
 /// Attributes of `name` in `dir`, of the link itself if it is one.
 pub(crate) fn stat_in(dir: impl AsFd, name: &CStr) -> Result<Stat, Errno> {
-    rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT)
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(dir, name, flags, FIELDS).map(Stat::from)
 }
 
 /// Set once the working directory is the folder of descriptors; like it, this is the process's.
@@ -144,35 +227,61 @@ pub(crate) fn listxattr(fd: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
     Ok(list)
 }
 
-/// One entry of a host directory.
-pub(crate) struct RawEntry {
-    /// Its name.
-    pub(crate) name: std::ffi::CString,
-    /// Its inode number.
-    pub(crate) ino: u64,
-    /// Its type as the directory tells it.
-    pub(crate) kind: rustix::fs::FileType,
-    /// Where the listing continues after it.
-    pub(crate) next: u64,
+/// Number of getxattrat(2), the same on every architecture; since Linux 6.13.
+pub(crate) const SYS_GETXATTRAT: libc::c_long = 464;
+
+/// Argument of getxattrat(2).
+#[repr(C)]
+struct XattrArgs {
+    value: u64,
+    size: u32,
+    flags: u32,
 }
 
-/// Reads entries of `dir` from position `offset` on, as many as one system call returns.
-pub(crate) fn read_dir(dir: impl AsFd, offset: u64) -> Result<Vec<RawEntry>, Errno> {
-    rustix::fs::seek(dir.as_fd(), SeekFrom::Start(offset))?;
-    let mut buffer = [const { MaybeUninit::<u8>::uninit() }; 1 << 15];
-    let mut raw = RawDir::new(dir.as_fd(), &mut buffer);
-    let mut entries = Vec::new();
-    while let Some(entry) = raw.next() {
-        let entry = entry?;
-        entries.push(RawEntry {
-            name: entry.file_name().to_owned(),
-            ino: entry.ino(),
-            kind: entry.file_type(),
-            next: entry.next_entry_cookie(),
-        });
-        if raw.is_buffer_empty() {
-            break;
-        }
-    }
-    Ok(entries)
+/// Reads an extended attribute of `name` in `dir`, of the link itself if it is one. ENOSYS on
+/// kernels that cannot do so without opening the file.
+pub(crate) fn getxattr_in(
+    dir: impl AsFd,
+    name: &CStr,
+    attribute: &CStr,
+    out: &mut [u8],
+) -> Result<usize, Errno> {
+    let mut args = XattrArgs {
+        value: out.as_mut_ptr().expose_provenance() as u64,
+        size: u32::try_from(out.len()).unwrap_or(u32::MAX),
+        flags: 0,
+    };
+    // SAFETY: the names end in zero bytes, and `args` names the `out.len()` bytes of `out`, which
+    // nobody else uses during the call.
+    let len = unsafe {
+        libc::syscall(
+            SYS_GETXATTRAT,
+            dir.as_fd().as_raw_fd(),
+            name.as_ptr(),
+            libc::AT_SYMLINK_NOFOLLOW,
+            attribute.as_ptr(),
+            &raw mut args,
+            size_of::<XattrArgs>(),
+        )
+    };
+    usize::try_from(len).map_err(|_| last_error())
+}
+
+/// Reads entries of the directory `dir` from where it stands into `buffer`, as getdents64(2) lays
+/// them out; returns how many bytes they take.
+pub(crate) fn read_dir(dir: impl AsFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    // SAFETY: the kernel writes at most `buffer.len()` bytes to `buffer`.
+    let len = unsafe {
+        libc::syscall(
+            libc::SYS_getdents64,
+            dir.as_fd().as_raw_fd(),
+            buffer.as_mut_ptr(),
+            buffer.len(),
+        )
+    };
+    usize::try_from(len).map_err(|_| last_error())
+}
+
+fn last_error() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

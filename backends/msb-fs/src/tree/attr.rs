@@ -9,8 +9,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 use zerocopy::FromZeros;
 
-use super::node::Node;
 use super::overlay::without_special;
+use super::table::{Cold, Found, Node};
 use super::{Caller, FILE_ID, Result, StatVirt, Tree};
 use crate::sys;
 use crate::wire::abi::{Attr, AttrOut, ROOT_ID, SetattrIn, StatxOut, Time, set};
@@ -24,15 +24,34 @@ impl Tree {
             return Ok(self.attr_out(self.single_root()?));
         }
         let opened = fh.filter(|fh| *fh != 0);
-        let node = match opened.map(|fh| self.handles.file(fh, id)) {
-            Some(Ok(handle)) => Arc::clone(&handle.node),
-            _ => self.node(id)?,
-        };
-        self.attr_of(&node)
+        if let Some(Ok(handle)) = opened.map(|fh| self.handles.file(fh, id)) {
+            return self.attr_of(&handle.node);
+        }
+        if self.is_single() {
+            return self.attr_of(&*self.node(id)?);
+        }
+        match self.nodes.get(id).ok_or(Errno::STALE)? {
+            Found::Live(node) => self.attr_of(&node),
+            Found::Cold(cold) => Ok(self.attr_out(self.attr_by_name(id, &cold)?)),
+        }
+    }
+
+    /// The attributes of a node without descriptor, by way of its name.
+    fn attr_by_name(&self, id: u64, cold: &Cold) -> Result<Attr> {
+        let place = cold.facts.place.as_ref().ok_or(Errno::STALE)?;
+        if let Some(parent) = self.nodes.get_live(place.parent)
+            && let Ok(stat) = sys::stat_in(&parent.file, place.name())
+            && cold.is(&stat)
+        {
+            return self.cold_attr(id, cold, &stat);
+        }
+        // Its directory is cold as well, or somebody has just moved it.
+        let node = self.node(id)?;
+        self.overlay.attr(&node, &sys::stat(&node.file)?)
     }
 
     pub(crate) fn attr_of(&self, node: &Node) -> Result<AttrOut> {
-        let stat = rustix::fs::fstat(&node.file)?;
+        let stat = sys::stat(&node.file)?;
         Ok(self.attr_out(self.overlay.attr(node, &stat)?))
     }
 
@@ -91,8 +110,8 @@ impl Tree {
 
     /// The attributes of the directory that holds a single file and does not exist on the host.
     fn single_root(&self) -> Result<Attr> {
-        let root = self.nodes.get(ROOT_ID).ok_or(Errno::STALE)?;
-        let stat = rustix::fs::fstat(&root.file)?;
+        let root = self.nodes.get_live(ROOT_ID).ok_or(Errno::STALE)?;
+        let stat = sys::stat(&root.file)?;
         let owner = self.rules.ownership.owner;
         let (uid, gid) = owner.unwrap_or(self.rules.ownership.default_owner);
         let attr = super::overlay::merge(
@@ -143,7 +162,7 @@ impl Tree {
 
     fn set_owner_and_mode(&self, node: &Node, args: &SetattrIn) -> Result<()> {
         let _guard = self.overlay.lock();
-        let stat = rustix::fs::fstat(&node.file)?;
+        let stat = sys::stat(&node.file)?;
         let mut view = self.overlay.view(node, &stat)?;
         let before = view;
         if args.valid & set::UID != 0 {

@@ -4,15 +4,14 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, FileType, OFlags, RenameFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::handle::FileHandle;
-use super::lookup::open_known;
-use super::node::{Access, Node};
+use super::lookup::moved;
+use super::table::{Access, FileHandle, Node, Place};
 use super::xattr::inherit_lists;
 use super::{Caller, Result, StatVirt, Tree, entry_name};
-use crate::sys;
+use crate::sys::{self, Stat};
 use crate::wire::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut, oflag};
 use crate::wire::acl::Acl;
 
@@ -54,7 +53,8 @@ impl Tree {
         let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         match self.make_file(&parent, name, &shape) {
             Ok((file, stat)) => {
-                let (entry, node, spare) = self.enter(&stat, file)?;
+                let (entry, node, spare) =
+                    self.enter(&stat, file, Some(Place::new(parent.id, name)))?;
                 let handle = FileHandle {
                     node,
                     own: spare,
@@ -68,12 +68,12 @@ impl Tree {
             }
             // Somebody else made it meanwhile: its attributes are not ours to set.
             Err(Errno::EXIST) if args.flags & oflag::EXCL == 0 => {
-                let (node, attr) = self.resolve(&parent, name)?;
-                let opened = self.open(node.id, args.flags, args.open_flags);
+                let (id, attr) = self.resolve(&parent, name)?;
+                let opened = self.open(id, args.flags, args.open_flags);
                 if opened.is_err() {
-                    self.nodes.forget(node.id, 1);
+                    self.nodes.forget(id, 1);
                 }
-                Ok((self.entry(node.id, attr), opened?))
+                Ok((self.entry(id, attr), opened?))
             }
             Err(error) => Err(error),
         }
@@ -90,10 +90,11 @@ impl Tree {
         let mode = S_IFREG | (args.mode & 0o7777);
         let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         let flags = OFlags::RDWR | OFlags::TMPFILE;
-        let file = sys::open_in(&parent.file, c".", flags, self.host_mode(shape.mode))?;
+        let mode = self.host_mode(shape.mode);
+        let file = self.with_room(|| sys::open_in(&parent.file, c".", flags, mode))?;
         self.dress(file.as_fd(), &shape)?;
-        let stat = rustix::fs::fstat(&file)?;
-        let (entry, node, own) = self.enter(&stat, file)?;
+        let stat = sys::stat(&file)?;
+        let (entry, node, own) = self.enter(&stat, file, None)?;
         let handle = FileHandle {
             node,
             own,
@@ -128,13 +129,15 @@ impl Tree {
             error
         };
         let stat = sys::stat_in(&parent.file, name)?;
-        let (file, stat, _) = open_known(&parent.file, name, &stat, false).map_err(undo)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+        let (file, stat, _) = self.open_known(&parent.file, name, &stat).map_err(undo)?;
+        if stat.kind() != FileType::Directory {
             return Err(Errno::STALE);
         }
         self.dress(file.as_fd(), &shape).map_err(undo)?;
-        let stat = rustix::fs::fstat(&file)?;
-        let (node, _) = self.nodes.insert(&stat, file, Access::Read);
+        let stat = sys::stat(&file)?;
+        let place = Some(Place::new(parent.id, name));
+        let (node, _) = self.nodes.insert(&stat, file, Access::Read, place)?;
+        self.relieve();
         self.entry_of(&node, &stat)
     }
 
@@ -175,7 +178,9 @@ impl Tree {
         }
         let shape = self.shape(&parent, (mode, args.umask), args.rdev, caller)?;
         let (file, stat) = self.make_file(&parent, name, &shape)?;
-        Ok(self.enter(&stat, file)?.0)
+        Ok(self
+            .enter(&stat, file, Some(Place::new(parent.id, name)))?
+            .0)
     }
 
     /// Creates a pipe, a socket or a whiteout on the host.
@@ -189,8 +194,8 @@ impl Tree {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
             return Err(error);
         }
-        let (node, attr) = self.resolve(parent, name)?;
-        Ok(self.entry(node.id, attr))
+        let (id, attr) = self.resolve(parent, name)?;
+        Ok(self.entry(id, attr))
     }
 
     /// Creates a symbolic link: a file that holds the target in strict mode, a real one otherwise.
@@ -215,8 +220,8 @@ impl Tree {
             if self.overlay.gives_away() {
                 sys::chown_in(&parent.file, name, shape.owner.uid, shape.owner.gid)?;
             }
-            let (node, attr) = self.resolve(&parent, name)?;
-            return Ok(self.entry(node.id, attr));
+            let (id, attr) = self.resolve(&parent, name)?;
+            return Ok(self.entry(id, attr));
         }
         let (file, _) = self.make_file(&parent, name, &shape)?;
         let written = rustix::io::pwrite(&file, target.to_bytes(), 0);
@@ -224,8 +229,10 @@ impl Tree {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
             return Err(written.err().unwrap_or(Errno::NOSPC));
         }
-        let stat = rustix::fs::fstat(&file)?;
-        Ok(self.enter(&stat, file)?.0)
+        let stat = sys::stat(&file)?;
+        Ok(self
+            .enter(&stat, file, Some(Place::new(parent.id, name)))?
+            .0)
     }
 
     /// The target of a symbolic link.
@@ -260,8 +267,8 @@ impl Tree {
         }
         let from = sys::fd_path(node.fd());
         rustix::fs::linkat(CWD, from, &parent.file, name, AtFlags::SYMLINK_FOLLOW)?;
-        let (node, attr) = self.resolve(&parent, name)?;
-        Ok(self.entry(node.id, attr))
+        let (id, attr) = self.resolve(&parent, name)?;
+        Ok(self.entry(id, attr))
     }
 
     /// Removes a name; `directory` says of what.
@@ -273,7 +280,12 @@ impl Tree {
         } else {
             AtFlags::empty()
         };
-        rustix::fs::unlinkat(&parent.file, name, flags)
+        let held = self.hold(&parent, name);
+        rustix::fs::unlinkat(&parent.file, name, flags)?;
+        if let Some(node) = held {
+            node.leave(parent.id, name);
+        }
+        Ok(())
     }
 
     /// Moves a name, with the flags of renameat2(2).
@@ -290,6 +302,19 @@ impl Tree {
         if !known.contains(flags) || flags.contains(RenameFlags::EXCHANGE | RenameFlags::WHITEOUT) {
             return Err(Errno::INVAL);
         }
+        let held = (self.hold(&from, old), self.hold(&to, new));
+        self.rename_on_host((&from, old), (&to, new), flags)?;
+        let exchanged = flags.contains(RenameFlags::EXCHANGE);
+        moved(held, (from.id, old), (to.id, new), exchanged);
+        Ok(())
+    }
+
+    fn rename_on_host(
+        &self,
+        (from, old): (&Node, &CStr),
+        (to, new): (&Node, &CStr),
+        flags: RenameFlags,
+    ) -> Result<()> {
         if !flags.contains(RenameFlags::WHITEOUT) || self.overlay.is_off() {
             return rustix::fs::renameat_with(&from.file, old, &to.file, new, flags);
         }
@@ -302,7 +327,7 @@ impl Tree {
             rdev: 0,
             lists: None,
         };
-        let made = self.make_file(&from, old, &whiteout);
+        let made = self.make_file(from, old, &whiteout);
         if made.is_err() {
             let back = RenameFlags::NOREPLACE;
             rustix::fs::renameat_with(&to.file, new, &from.file, old, back).ok();
@@ -312,7 +337,7 @@ impl Tree {
 
     /// The group that new entries of `parent` get, when it hands its own down.
     fn inherits_group(&self, parent: &Node) -> Result<Option<u32>> {
-        let stat = rustix::fs::fstat(&parent.file)?;
+        let stat = sys::stat(&parent.file)?;
         let view = self.overlay.view(parent, &stat)?;
         Ok((view.mode & S_ISGID != 0).then_some(view.gid))
     }
@@ -374,19 +399,20 @@ impl Tree {
     /// Creates a regular host file that did not exist, and gives it its attributes.
     fn make_file(&self, parent: &Node, name: &CStr, shape: &Shape) -> Result<(OwnedFd, Stat)> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
-        let file = sys::open_in(&parent.file, name, flags, self.host_mode(shape.mode))?;
+        let mode = self.host_mode(shape.mode);
+        let file = self.with_room(|| sys::open_in(&parent.file, name, flags, mode))?;
         if let Err(error) = self.dress(file.as_fd(), shape) {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
             return Err(error);
         }
-        let stat = rustix::fs::fstat(&file)?;
+        let stat = sys::stat(&file)?;
         Ok((file, stat))
     }
 
     /// Gives a new inode its attributes.
     fn dress(&self, file: BorrowedFd<'_>, shape: &Shape) -> Result<()> {
         let Shape { owner, mode, .. } = *shape;
-        let stat = rustix::fs::fstat(file)?;
+        let stat = sys::stat(file)?;
         if self.overlay.gives_away() {
             sys::chown(file, Some(owner.uid), Some(owner.gid))?;
             // A change of owner has cleared these.
@@ -424,8 +450,14 @@ impl Tree {
 
     /// Makes a node of a new file that is open for reading and writing. The descriptor comes back
     /// when the inode is known already.
-    fn enter(&self, stat: &Stat, file: OwnedFd) -> Result<(EntryOut, Arc<Node>, Option<OwnedFd>)> {
-        let (node, spare) = self.nodes.insert(stat, file, Access::ReadWrite);
+    fn enter(
+        &self,
+        stat: &Stat,
+        file: OwnedFd,
+        place: Option<Place>,
+    ) -> Result<(EntryOut, Arc<Node>, Option<OwnedFd>)> {
+        let (node, spare) = self.nodes.insert(stat, file, Access::ReadWrite, place)?;
+        self.relieve();
         let entry = self.entry_of(&node, stat)?;
         Ok((entry, node, spare))
     }

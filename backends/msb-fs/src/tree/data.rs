@@ -4,13 +4,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use msb_vhost::Segments;
-use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom, Stat};
+use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::handle::FileHandle;
-use super::node::Node;
+use super::table::{FileHandle, Node};
 use super::{Caching, Result, Tree};
-use crate::sys;
+use crate::sys::{self, Stat};
 use crate::wire::abi::{
     CopyFileRangeIn, FallocateIn, LseekIn, OPEN_KILL_SUIDGID, OpenOut, WRITE_CACHE,
     WRITE_KILL_SUIDGID, WriteIn, fopen, oflag,
@@ -58,7 +57,7 @@ impl Tree {
                 self.overlay.drop_special(&handle.node)?;
             }
         }
-        let stat = rustix::fs::fstat(handle.fd())?;
+        let stat = sys::stat(handle.fd())?;
         self.opened(handle, &stat)
     }
 
@@ -84,12 +83,12 @@ impl Tree {
         if !matches!(node.kind, FileType::RegularFile | FileType::Directory) {
             return Err(Errno::NXIO);
         }
-        let result = sys::reopen(node.fd(), flags);
+        let result = self.with_room(|| sys::reopen(node.fd(), flags));
         if !matches!(result, Err(Errno::ACCESS)) || self.overlay.is_off() || self.rules.readonly {
             return result;
         }
         let _guard = self.overlay.lock();
-        let stat = rustix::fs::fstat(&node.file)?;
+        let stat = sys::stat(&node.file)?;
         if !self.overlay.owns(&stat) {
             return result;
         }
@@ -171,9 +170,9 @@ impl Tree {
         u32::try_from(done).map_err(|_| Errno::INVAL)
     }
 
-    /// Closes a handle.
-    pub fn release(&self, fh: u64) {
-        self.handles.remove(fh);
+    /// Takes a handle back. It is closed when the value is dropped, which may take a while.
+    pub fn release(&self, fh: u64) -> impl Send {
+        self.handles.remove(fh)
     }
 
     /// Brings a file to the host's disk.

@@ -1,111 +1,193 @@
 //! Listing directories.
 
-use std::collections::VecDeque;
-use std::ffi::CString;
-use std::sync::{Mutex, PoisonError};
+use std::ffi::CStr;
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FileType, OFlags};
+use msb_vhost::Segments;
+use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::handle::{DirHandle, Stream};
-use super::node::Node;
+use super::table::{Cold, DirHandle, Found, Node, Place, Stream, is_grown, is_settled};
 use super::{Caching, FILE_ID, Result, Tree};
-use crate::sys::{self, RawEntry};
+use crate::sys;
 use crate::wire::abi::{EntryOut, OpenOut, ROOT_ID, fopen};
+use crate::wire::dirent::{self, HostEntry};
 use crate::wire::reply::Listing;
+
+/// What is read from the host at once, kept for the requests that follow.
+const READ_AHEAD: usize = 1 << 16;
+
+/// What a listing is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// Position where it goes on.
+    pub offset: u64,
+    /// With the attributes of each entry, which counts as looked up.
+    pub plus: bool,
+    /// Room for the reply.
+    pub size: usize,
+}
+
+/// The override of an entry may be read by name: nobody puts another inode there meanwhile, or it
+/// is looked at again afterwards.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Names {
+    Calm,
+    Moving,
+}
 
 impl Tree {
     /// Opens a directory for listing.
     pub fn opendir(&self, id: u64) -> Result<OpenOut> {
-        let file = if self.is_single() && id == ROOT_ID {
+        let node = if self.is_single() && id == ROOT_ID {
             None
         } else {
-            let node = self.directory(id)?;
-            Some(self.reopen(&node, OFlags::RDONLY | OFlags::DIRECTORY)?)
+            Some(self.directory(id)?)
         };
-        let stream = Mutex::new(Stream {
-            file,
-            ahead: VecDeque::new(),
-            position: 0,
-            end: 0,
-        });
         let open_flags = match self.rules.caching {
             Caching::Always if !self.is_single() => fopen::CACHE_DIR | fopen::KEEP_CACHE,
             _ => 0,
         };
+        let mut stream = Stream::default();
+        if let Some(node) = &node {
+            stream.file = Some(self.open_stream(node)?);
+        }
+        let handle = DirHandle {
+            id,
+            node,
+            stream: Mutex::new(stream),
+        };
         Ok(OpenOut {
-            fh: self.handles.add_dir(DirHandle { id, stream })?,
+            fh: self.handles.add_dir(handle)?,
             open_flags,
             backing_id: 0,
         })
     }
 
+    /// Another descriptor of a directory, with a position of its own.
+    fn open_stream(&self, node: &Node) -> Result<std::os::fd::OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK;
+        match self.with_room(|| sys::open_in(&node.file, c".", flags, 0)) {
+            // The server may not search it, or reaches it in another way.
+            Err(Errno::ACCESS | Errno::BADF) => self.reopen(node, flags),
+            result => result,
+        }
+    }
+
     /// Brings a directory to the host's disk.
     pub fn fsyncdir(&self, id: u64, fh: u64, data_only: bool) -> Result<()> {
         let handle = self.handles.dir(fh, id)?;
-        let stream = handle.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        match &stream.file {
-            Some(file) if data_only => rustix::fs::fdatasync(file),
-            Some(file) => rustix::fs::fsync(file),
+        match &handle.node {
+            Some(node) if data_only => rustix::fs::fdatasync(&node.file),
+            Some(node) => rustix::fs::fsync(&node.file),
             None => Ok(()),
         }
     }
 
-    /// Lists a directory from position `offset` on into `list`; with `plus`, every entry counts as
-    /// looked up.
-    pub fn readdir(
-        &self,
-        id: u64,
-        fh: u64,
-        offset: u64,
-        plus: bool,
-        list: &mut Listing,
-    ) -> Result<()> {
+    /// Lists a directory into the front of `into`; returns how many bytes that took.
+    pub fn readdir(&self, id: u64, fh: u64, wanted: Wanted, into: &mut Segments) -> Result<usize> {
         let handle = self.handles.dir(fh, id)?;
-        let mut stream = handle.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        if stream.file.is_none() {
-            return self.list_single(offset, plus, list);
-        }
-        let dir = self.directory(id)?;
+        let mut stream = lock(&handle.stream);
+        let mut reply = std::mem::take(&mut stream.reply);
+        reply.clear();
+        let mut list = Listing::new(&mut reply, wanted.size.min(into.len()));
+        let result = match &handle.node {
+            None => self.list_single(wanted, &mut list),
+            Some(node) => self.list(node, &mut stream, wanted, &mut list),
+        };
+        let result = result.and_then(|()| into.write_all(&reply).map_err(|_| Errno::IO));
+        let len = reply.len();
+        stream.reply = reply;
+        result.map(|()| len)
+    }
+
+    fn list(
+        &self,
+        dir: &Node,
+        stream: &mut Stream,
+        wanted: Wanted,
+        list: &mut Listing<'_>,
+    ) -> Result<()> {
         // Position zero is a rewinddir(3): what was read ahead is out of date.
-        if offset == 0 || offset != stream.position {
-            stream.ahead.clear();
-            stream.position = offset;
-            stream.end = offset;
+        let fresh = stream.position == 0 && stream.filled == 0;
+        if wanted.offset != stream.position || (wanted.offset == 0 && !fresh) {
+            seek(stream, wanted.offset)?;
         }
+        if !wanted.plus || self.overlay.is_off() {
+            return self.list_entries(dir, stream, (wanted, Names::Calm), list);
+        }
+        let before = sys::stat(&dir.file)?;
+        let names = if is_settled(&before) {
+            Names::Calm
+        } else {
+            Names::Moving
+        };
+        let at = stream.at;
+        self.list_entries(dir, stream, (wanted, names), list)?;
+        if names == Names::Calm && sys::stat(&dir.file)?.changed() != before.changed() {
+            // An entry was moved while it was looked at. Once more, carefully.
+            for id in list.nodes() {
+                self.nodes.forget(id, 1);
+            }
+            list.clear();
+            if stream.position != wanted.offset {
+                seek(stream, wanted.offset)?;
+            } else {
+                stream.at = at;
+            }
+            self.list_entries(dir, stream, (wanted, Names::Moving), list)?;
+        }
+        Ok(())
+    }
+
+    fn list_entries(
+        &self,
+        dir: &Node,
+        stream: &mut Stream,
+        (wanted, names): (Wanted, Names),
+        list: &mut Listing<'_>,
+    ) -> Result<()> {
         loop {
-            if stream.ahead.is_empty() {
+            let rest = stream.buffer.get(stream.at..stream.filled);
+            let Some((entry, len)) = dirent::next(rest.unwrap_or_default()) else {
                 let Some(file) = &stream.file else {
-                    return Ok(());
+                    return Err(Errno::BADF);
                 };
-                let more = sys::read_dir(file, stream.end)?;
-                let Some(last) = more.last() else {
+                // The end is only the end when the kernel says so again: entries may be added.
+                stream.buffer.resize(READ_AHEAD, 0);
+                stream.at = 0;
+                stream.filled = sys::read_dir(file, &mut stream.buffer)?;
+                if stream.filled == 0 {
                     return Ok(());
-                };
-                stream.end = last.next;
-                stream.ahead = more.into();
-            }
-            while let Some(entry) = stream.ahead.front() {
-                if !list.fits(entry.name.to_bytes().len(), plus) {
-                    return if list.is_empty() {
-                        Err(Errno::INVAL)
-                    } else {
-                        Ok(())
-                    };
                 }
-                self.list_entry(&dir, entry, plus, list);
-                stream.position = entry.next;
-                stream.ahead.pop_front();
+                continue;
+            };
+            if !list.fits(entry.name.to_bytes().len(), wanted.plus) {
+                return if list.is_empty() {
+                    Err(Errno::INVAL)
+                } else {
+                    Ok(())
+                };
             }
+            self.list_entry(dir, &entry, (wanted.plus, names), list);
+            stream.position = entry.next;
+            stream.at += len;
         }
     }
 
-    fn list_entry(&self, dir: &Node, entry: &RawEntry, plus: bool, list: &mut Listing) {
+    fn list_entry(
+        &self,
+        dir: &Node,
+        entry: &HostEntry<'_>,
+        (plus, names): (bool, Names),
+        list: &mut Listing<'_>,
+    ) {
         let name = entry.name.to_bytes();
         let mut push = |found: EntryOut, ino, kind: u32| {
             list.push(plus.then_some(&found), ino, entry.next, kind >> 12, name);
         };
-        let host = entry.kind.as_raw_mode();
+        let host = u32::from(entry.kind) << 12;
         if name == b"." || name == b".." {
             // What lies above the root is none of the guest's business.
             let ino = if dir.id == ROOT_ID {
@@ -116,43 +198,93 @@ impl Tree {
             return push(EntryOut::default(), ino, host);
         }
         if plus {
-            return match self.resolve(dir, &entry.name) {
-                Ok((node, attr)) => push(self.entry(node.id, attr), attr.ino, attr.mode),
+            return match self.meet(dir, entry.name, names) {
+                Ok(found) => push(found, found.attr.ino, found.attr.mode),
+                // It has gone since the host was read.
+                Err(Errno::NOENT) => {}
                 // Listed all the same: whoever looks closer gets the error.
                 Err(_) => push(EntryOut::default(), entry.ino, host),
             };
         }
-        let virtual_kind = match entry.kind {
-            FileType::RegularFile | FileType::Unknown if !self.overlay.is_off() => {
-                self.peek(dir, &entry.name).unwrap_or(0)
-            }
-            _ => host,
-        };
-        push(EntryOut::default(), entry.ino, virtual_kind);
+        let kind = self.peek(dir, entry.name, host).unwrap_or(host);
+        push(EntryOut::default(), entry.ino, kind);
     }
 
-    /// The type of an entry in the guest, without making a node of it.
-    fn peek(&self, dir: &Node, name: &CString) -> Result<u32> {
+    /// Finds or makes the node of an entry, without opening it, and counts one lookup of it.
+    fn meet(&self, dir: &Node, name: &CStr, names: Names) -> Result<EntryOut> {
         let stat = sys::stat_in(&dir.file, name)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Ok(stat.st_mode & 0o170_000);
+        let (id, attr) = match self.nodes.find(&stat, dir.id, name) {
+            Some((id, Found::Live(node))) => (id, self.overlay.attr(&node, &stat)),
+            Some((id, Found::Cold(cold))) => {
+                if self.overlay.is_stored(cold.kind) && cold.facts.view(&stat).is_none() {
+                    let found = self.override_of(dir, name, &stat, names);
+                    if let Ok(found) = found {
+                        self.nodes.facts(id, |facts| facts.remember(&stat, found));
+                    }
+                    (id, found.map(|found| self.overlay.merged(&stat, found)))
+                } else {
+                    (id, self.cold_attr(id, &cold, &stat))
+                }
+            }
+            None if !is_grown(&stat) => self.admit(dir, name, &stat)?,
+            None => {
+                let found = self.override_of(dir, name, &stat, names)?;
+                let mut cold = Cold::new(&stat, Place::new(dir.id, name));
+                cold.facts.remember(&stat, found);
+                let id = self.nodes.insert_cold(&stat, cold)?;
+                (id, Ok(self.overlay.merged(&stat, found)))
+            }
+        };
+        let mut attr = attr.inspect_err(|_| self.nodes.forget(id, 1))?;
+        self.mark_submount(dir, &stat, &mut attr);
+        Ok(self.entry(id, attr))
+    }
+
+    /// The override of `name`, which was seen to be `stat`.
+    fn override_of(
+        &self,
+        dir: &Node,
+        name: &CStr,
+        stat: &sys::Stat,
+        names: Names,
+    ) -> Result<Option<super::Override>> {
+        let found = self.overlay.read_in(dir.fd(), name, stat.kind())?;
+        if names == Names::Moving && self.overlay.is_stored(stat.kind()) {
+            let again = sys::stat_in(&dir.file, name)?;
+            let same = (again.st_dev, again.st_ino, again.changed())
+                == (stat.st_dev, stat.st_ino, stat.changed());
+            if !same {
+                return Err(Errno::AGAIN);
+            }
         }
-        let (file, stat, _) =
-            super::lookup::open_known(&dir.file, name, &stat, self.rules.readonly)?;
-        self.overlay.kind_of(std::os::fd::AsFd::as_fd(&file), &stat)
+        Ok(found)
+    }
+
+    /// The type of an entry in the guest, without making a node of it. `host` is what the
+    /// directory says.
+    fn peek(&self, dir: &Node, name: &CStr, host: u32) -> Result<u32> {
+        let mut kind = FileType::from_raw_mode(host);
+        if kind == FileType::Unknown {
+            kind = sys::stat_in(&dir.file, name)?.kind();
+        }
+        if kind != FileType::RegularFile {
+            return Ok(kind.as_raw_mode());
+        }
+        let found = self.overlay.read_in(dir.file.as_fd(), name, kind)?;
+        Ok(found.map_or(kind.as_raw_mode(), |found| found.mode))
     }
 
     /// Lists the root of a single-file mount.
-    fn list_single(&self, offset: u64, plus: bool, list: &mut Listing) -> Result<()> {
+    fn list_single(&self, wanted: Wanted, list: &mut Listing<'_>) -> Result<()> {
         let Some(single) = &self.single else {
             return Err(Errno::NOTDIR);
         };
         let names = [c".", c"..", single.name.as_c_str()];
         for (name, next) in names.into_iter().zip(1u64..) {
-            if next <= offset {
+            if next <= wanted.offset {
                 continue;
             }
-            if !list.fits(name.to_bytes().len(), plus) {
+            if !list.fits(name.to_bytes().len(), wanted.plus) {
                 break;
             }
             let (mut found, mut ino, mut kind) = (EntryOut::default(), ROOT_ID, 0o040_000);
@@ -167,7 +299,7 @@ impl Tree {
                 }
             }
             list.push(
-                plus.then_some(&found),
+                wanted.plus.then_some(&found),
                 ino,
                 next,
                 kind >> 12,
@@ -176,4 +308,18 @@ impl Tree {
         }
         Ok(())
     }
+}
+
+/// Goes on at `offset`, which a listing has given, and forgets what was read ahead.
+fn seek(stream: &mut Stream, offset: u64) -> Result<()> {
+    if let Some(file) = &stream.file {
+        rustix::fs::seek(file, SeekFrom::Start(offset))?;
+    }
+    (stream.at, stream.filled) = (0, 0);
+    stream.position = offset;
+    Ok(())
+}
+
+fn lock(stream: &Mutex<Stream>) -> MutexGuard<'_, Stream> {
+    stream.lock().unwrap_or_else(PoisonError::into_inner)
 }

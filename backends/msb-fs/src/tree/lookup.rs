@@ -1,19 +1,23 @@
-//! From names to nodes.
+//! From names to nodes, and from nodes to descriptors.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{FileType, OFlags, Stat};
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::node::{Access, Node, key};
+use super::table::{Access, Cold, Found, Node, Place, is_grown, key};
 use super::{FILE_ID, Result, Single, Tree, entry_name};
-use crate::sys;
+use crate::sys::{self, Stat};
 use crate::wire::abi::{ATTR_SUBMOUNT, Attr, EntryOut, ROOT_ID};
 
 /// How often a name is looked up again when the host changes it at the same moment.
 const TRIES: usize = 16;
+/// How many directories without descriptor may lie above one another.
+const DEPTH: usize = 4096;
+/// How many descriptors are given back at once.
+const RELIEF: usize = 32;
 
 impl Tree {
     /// Finds `name` in the directory `parent`; `None` when there is nothing of that name.
@@ -27,46 +31,80 @@ impl Tree {
                 return Ok(None);
             }
             let node = self.node(FILE_ID)?;
-            let stat = rustix::fs::fstat(&node.file)?;
+            let stat = sys::stat(&node.file)?;
             return Ok(Some(self.entry(FILE_ID, self.overlay.attr(&node, &stat)?)));
         }
         let parent = self.directory(parent)?;
         match self.resolve(&parent, name) {
-            Ok((node, attr)) => Ok(Some(self.entry(node.id, attr))),
+            Ok((id, attr)) => Ok(Some(self.entry(id, attr))),
             Err(Errno::NOENT) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
     /// Finds or makes the node of `name` and counts one lookup of it.
-    pub(crate) fn resolve(&self, parent: &Node, name: &CStr) -> Result<(Arc<Node>, Attr)> {
+    pub(crate) fn resolve(&self, parent: &Node, name: &CStr) -> Result<(u64, Attr)> {
         for _ in 0..TRIES {
             let stat = sys::stat_in(&parent.file, name)?;
-            let (node, stat) = if let Some(node) = self.nodes.find(key(&stat)) {
-                (node, stat)
-            } else {
-                match open_known(&parent.file, name, &stat, self.rules.readonly) {
-                    Ok((file, stat, access)) => (self.nodes.insert(&stat, file, access).0, stat),
+            let result = match self.nodes.find(&stat, parent.id, name) {
+                Some((id, Found::Live(node))) => (id, self.overlay.attr(&node, &stat)),
+                Some((id, Found::Cold(cold))) => (id, self.cold_attr(id, &cold, &stat)),
+                None => match self.admit(parent, name, &stat) {
+                    Ok(admitted) => admitted,
                     Err(Errno::AGAIN) => continue,
                     Err(error) => return Err(error),
-                }
+                },
             };
-            let mut attr = match self.overlay.attr(&node, &stat) {
-                Ok(attr) => attr,
-                Err(error) => {
-                    self.nodes.forget(node.id, 1);
-                    return Err(error);
-                }
-            };
-            if self.rules.submounts
-                && node.kind == FileType::Directory
-                && node.key.0 != parent.key.0
-            {
-                attr.flags |= ATTR_SUBMOUNT;
-            }
-            return Ok((node, attr));
+            let (id, attr) = result;
+            let mut attr = attr.inspect_err(|_| self.nodes.forget(id, 1))?;
+            self.mark_submount(parent, &stat, &mut attr);
+            return Ok((id, attr));
         }
         Err(Errno::STALE)
+    }
+
+    /// Says so when a directory is the root of another file system.
+    pub(crate) fn mark_submount(&self, parent: &Node, stat: &Stat, attr: &mut Attr) {
+        let other = stat.kind() == FileType::Directory && stat.st_dev != parent.key.0;
+        if self.rules.submounts && other {
+            attr.flags |= ATTR_SUBMOUNT;
+        }
+    }
+
+    /// Makes a node of an inode that is not known yet.
+    pub(crate) fn admit(
+        &self,
+        parent: &Node,
+        name: &CStr,
+        stat: &Stat,
+    ) -> Result<(u64, Result<Attr>)> {
+        let opens = matches!(stat.kind(), FileType::RegularFile | FileType::Directory);
+        if !opens && is_grown(stat) {
+            // There is nothing to read but its name, until somebody reads a link.
+            let cold = Cold::new(stat, Place::new(parent.id, name));
+            let id = self.nodes.insert_cold(stat, cold)?;
+            return Ok((id, Ok(self.overlay.plain_attr(stat))));
+        }
+        let (file, stat, access) = self.open_known(&parent.file, name, stat)?;
+        let place = Some(Place::new(parent.id, name));
+        let (node, _) = self.nodes.insert(&stat, file, access, place)?;
+        self.relieve();
+        Ok((node.id, self.overlay.attr(&node, &stat)))
+    }
+
+    /// The attributes of a node without descriptor that was just seen to be `stat`.
+    pub(crate) fn cold_attr(&self, id: u64, cold: &Cold, stat: &Stat) -> Result<Attr> {
+        if !self.overlay.is_stored(cold.kind) {
+            return Ok(self.overlay.plain_attr(stat));
+        }
+        if let Some(view) = cold.facts.view(stat) {
+            return Ok(self.overlay.merged(stat, view));
+        }
+        self.attr_of_live(&*self.node(id)?)
+    }
+
+    fn attr_of_live(&self, node: &Node) -> Result<Attr> {
+        self.overlay.attr(node, &sys::stat(&node.file)?)
     }
 
     /// The reply that names a node.
@@ -95,10 +133,10 @@ impl Tree {
     pub(crate) fn single_node(&self, single: &Single) -> Result<Arc<Node>> {
         for _ in 0..TRIES {
             let stat = sys::stat_in(&single.parent, &single.name)?;
-            if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            if stat.kind() != FileType::RegularFile {
                 return Err(Errno::NOENT);
             }
-            match open_known(&single.parent, &single.name, &stat, self.rules.readonly) {
+            match self.open_known(&single.parent, &single.name, &stat) {
                 Ok((file, stat, access)) => {
                     return Ok(Arc::new(Node::new(FILE_ID, &stat, file, access)));
                 }
@@ -108,12 +146,145 @@ impl Tree {
         }
         Err(Errno::STALE)
     }
+
+    /// Gives a cold node a descriptor again, and the directories above it before that. ESTALE when
+    /// the name no longer leads to it.
+    pub(crate) fn revive(&self, id: u64, cold: Cold) -> Result<Arc<Node>> {
+        let node = match self.climb(id, cold.clone()) {
+            Err(Errno::MFILE | Errno::NFILE) => {
+                self.give_back(RELIEF);
+                self.climb(id, cold)?
+            }
+            result => result?,
+        };
+        self.relieve();
+        Ok(node)
+    }
+
+    fn climb(&self, id: u64, cold: Cold) -> Result<Arc<Node>> {
+        let mut chain = vec![(id, cold)];
+        let mut dir = loop {
+            let above = chain.last().and_then(|(_, cold)| cold.facts.place.as_ref());
+            let above = above.ok_or(Errno::STALE)?.parent;
+            match self.nodes.get(above).ok_or(Errno::STALE)? {
+                Found::Live(node) => break node,
+                Found::Cold(_) if chain.len() >= DEPTH => return Err(Errno::STALE),
+                Found::Cold(cold) => chain.push((above, cold)),
+            }
+        };
+        while let Some((id, cold)) = chain.pop() {
+            let place = cold.facts.place.as_ref().ok_or(Errno::STALE)?;
+            let gone = |error| match error {
+                Errno::NOENT | Errno::NOTDIR | Errno::AGAIN => Errno::STALE,
+                error => error,
+            };
+            let stat = sys::stat_in(&dir.file, place.name()).map_err(gone)?;
+            if !cold.is(&stat) {
+                return Err(Errno::STALE);
+            }
+            let opened = open_known(&dir.file, place.name(), &stat, self.rules.readonly);
+            let (file, stat, access) = opened.map_err(gone)?;
+            dir = self
+                .nodes
+                .revive(id, &stat, file, access)
+                .ok_or(Errno::STALE)?;
+        }
+        Ok(dir)
+    }
+
+    /// Opens what `stat` was seen to be; makes room when no more descriptors can be had.
+    pub(crate) fn open_known(
+        &self,
+        dir: &OwnedFd,
+        name: &CStr,
+        stat: &Stat,
+    ) -> Result<(OwnedFd, Stat, Access)> {
+        self.with_room(|| open_known(dir, name, stat, self.rules.readonly))
+    }
+
+    /// Tries again with fewer descriptors of nodes when there are none left.
+    pub(crate) fn with_room<T>(&self, attempt: impl Fn() -> Result<T>) -> Result<T> {
+        match attempt() {
+            Err(Errno::MFILE | Errno::NFILE) => {
+                self.give_back(RELIEF);
+                attempt()
+            }
+            result => result,
+        }
+    }
+
+    /// Gives descriptors back when too many nodes have one.
+    pub(crate) fn relieve(&self) {
+        if self.nodes.is_over() {
+            self.give_back(RELIEF);
+        }
+    }
+
+    /// Takes the descriptors of up to `count` nodes that nobody uses and whose names still lead to
+    /// them.
+    pub(crate) fn give_back(&self, count: usize) {
+        for _ in 0..count {
+            let Some(node) = self.nodes.candidate(256) else {
+                return;
+            };
+            let Some(place) = node.facts(|facts| facts.place.clone()) else {
+                continue;
+            };
+            let parent = match self.nodes.get(place.parent) {
+                Some(Found::Live(parent)) => parent,
+                Some(Found::Cold(cold)) => match self.climb(place.parent, cold) {
+                    Ok(parent) => parent,
+                    Err(_) => continue,
+                },
+                None => continue,
+            };
+            match sys::stat_in(&parent.file, place.name()) {
+                Ok(stat) if key(&stat) == node.key && stat.kind() == node.kind => {
+                    self.nodes.spill(&node, &stat, &place);
+                }
+                // Its name is not known any more, until it is looked up again.
+                _ => node.facts(|facts| {
+                    if facts.place.as_ref() == Some(&place) {
+                        facts.place = None;
+                    }
+                }),
+            }
+        }
+    }
+
+    /// The node that bears a name which is about to be taken away from it, with a descriptor: what
+    /// is only known by that name would be lost.
+    pub(crate) fn hold(&self, parent: &Node, name: &CStr) -> Option<Arc<Node>> {
+        if !self.nodes.names_matter() {
+            return None;
+        }
+        let stat = sys::stat_in(&parent.file, name).ok()?;
+        self.node(self.nodes.id_of(&stat)?).ok()
+    }
+}
+
+/// Notes where nodes are after a rename of what bore the first name to the second.
+pub(super) fn moved(
+    held: (Option<Arc<Node>>, Option<Arc<Node>>),
+    (from, old): (u64, &CStr),
+    (to, new): (u64, &CStr),
+    exchanged: bool,
+) {
+    if let Some(replaced) = held.1 {
+        replaced.leave(to, new);
+        if exchanged {
+            replaced.facts(|facts| facts.place = Some(Place::new(from, old)));
+        }
+    }
+    if let Some(moved) = held.0 {
+        moved.facts(|facts| facts.place = Some(Place::new(to, new)));
+    }
 }
 
 /// Opens `name`, which was seen to be what `stat` says: regular files and directories for reading
 /// where the server may, everything else as a mere place, so that no device or pipe is opened.
 /// EAGAIN when it is something else by now.
-pub(crate) fn open_known(
+pub(super) fn open_known(
     dir: &OwnedFd,
     name: &CStr,
     stat: &Stat,
@@ -123,7 +294,7 @@ pub(crate) fn open_known(
         Errno::LOOP | Errno::NXIO | Errno::NOTDIR => Errno::AGAIN,
         error => error,
     };
-    let kind = FileType::from_raw_mode(stat.st_mode);
+    let kind = stat.kind();
     let mut access = Access::Read;
     let file = match kind {
         FileType::RegularFile | FileType::Directory => {
@@ -150,8 +321,8 @@ pub(crate) fn open_known(
             sys::open_in(dir, name, OFlags::PATH, 0).map_err(raced)?
         }
     };
-    let found = rustix::fs::fstat(file.as_fd())?;
-    if key(&found) == key(stat) && FileType::from_raw_mode(found.st_mode) == kind {
+    let found = sys::stat(file.as_fd())?;
+    if key(&found) == key(stat) && found.kind() == kind {
         Ok((file, found, access))
     } else {
         Err(Errno::AGAIN)

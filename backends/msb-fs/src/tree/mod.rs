@@ -4,10 +4,9 @@ mod attr;
 mod create;
 mod data;
 mod dir;
-mod handle;
 mod lookup;
-mod node;
 mod overlay;
+mod table;
 mod xattr;
 
 use std::ffi::{CStr, CString};
@@ -20,11 +19,12 @@ use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
-use self::handle::HandleTable;
-use self::node::{Access, Node, NodeTable};
+pub use self::dir::Wanted;
 use self::overlay::Overlay;
 pub use self::overlay::{KEY, Override, Ownership, StatVirt};
+use self::table::{Access, Found, HandleTable, Node, NodeTable};
 use crate::sys;
 use crate::wire::abi::ROOT_ID;
 
@@ -161,7 +161,7 @@ impl Tree {
         };
         let file = rustix::fs::openat(CWD, &path, flags, Mode::empty())
             .map_err(|error| fail(&path, error))?;
-        let stat = rustix::fs::fstat(&file).map_err(|error| fail(&path, error))?;
+        let stat = sys::stat(&file).map_err(|error| fail(&path, error))?;
         let probe = |path: &Path, result: Result<()>| {
             result.map_err(|error| OpenError::Attributes {
                 path: path.to_owned(),
@@ -181,7 +181,7 @@ impl Tree {
             }
             Some((full, name)) => {
                 let found = sys::stat_in(&file, &name).map_err(|error| fail(full, error))?;
-                if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
+                if found.kind() != FileType::RegularFile {
                     return Err(OpenError::NotFile { path: full.clone() });
                 }
                 let (opened, _, _) = lookup::open_known(&file, &name, &found, rules.readonly)
@@ -196,7 +196,7 @@ impl Tree {
             }
         };
         Ok(Self {
-            nodes: NodeTable::new(Node::new(ROOT_ID, &stat, file, access)),
+            nodes: NodeTable::new(&stat, file, access, budget()),
             handles: HandleTable::default(),
             overlay,
             rules,
@@ -212,7 +212,7 @@ impl Tree {
     pub fn place(&self) -> io::Result<OwnedFd> {
         match &self.single {
             Some(single) => single.parent.try_clone(),
-            None => match self.nodes.get(ROOT_ID) {
+            None => match self.nodes.get_live(ROOT_ID) {
                 Some(root) => root.file.try_clone(),
                 None => Err(io::ErrorKind::NotFound.into()),
             },
@@ -227,7 +227,7 @@ impl Tree {
     /// When the new view cannot be used.
     pub fn settle(mut self, share: OwnedFd, descriptors: impl AsFd) -> io::Result<Self> {
         sys::work_beside_descriptors(descriptors)?;
-        let stat = rustix::fs::fstat(&share)?;
+        let stat = sys::stat(&share)?;
         let access = match &mut self.single {
             Some(single) => {
                 single.parent = share.try_clone()?;
@@ -235,7 +235,7 @@ impl Tree {
             }
             None => Access::Read,
         };
-        self.nodes = NodeTable::new(Node::new(ROOT_ID, &stat, share, access));
+        self.nodes = NodeTable::new(&stat, share, access, budget());
         Ok(self)
     }
 
@@ -274,7 +274,10 @@ impl Tree {
     /// another way, all others fail.
     fn node(&self, id: u64) -> Result<Arc<Node>> {
         match &self.single {
-            None => self.nodes.get(id).ok_or(Errno::STALE),
+            None => match self.nodes.get(id).ok_or(Errno::STALE)? {
+                Found::Live(node) => Ok(node),
+                Found::Cold(cold) => self.revive(id, cold),
+            },
             Some(single) if id == FILE_ID => self.single_node(single),
             Some(_) if id == ROOT_ID => Err(Errno::PERM),
             Some(_) => Err(Errno::STALE),
@@ -289,6 +292,14 @@ impl Tree {
             Err(Errno::NOTDIR)
         }
     }
+}
+
+/// How many nodes may hold a descriptor: most of what the process may open, for the rest is for
+/// what the guest opens, and no more than serves any working set.
+fn budget() -> usize {
+    const MOST: u64 = 60_000;
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(MOST * 2);
+    usize::try_from((limit / 2).min(MOST)).unwrap_or(0)
 }
 
 /// Splits the path of a single file into its directory and its name.

@@ -1,18 +1,21 @@
 //! stat-virt: owners, modes and special files kept in an extended attribute of the host inode.
 
+use std::ffi::CStr;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FileType, Stat, XattrFlags};
+use rustix::fs::{FileType, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-use super::node::Node;
+use super::table::Node;
 use super::{Caller, Result};
-use crate::sys;
+use crate::sys::{self, Stat};
 use crate::wire::abi::Attr;
 
 /// Name of the attribute that holds an [`Override`].
 pub const KEY: &str = "user.msb.override_stat";
+const KEY_C: &CStr = c"user.msb.override_stat";
 /// Every attribute below this name is ours, and hidden from the guest.
 pub(crate) const PREFIX: &[u8] = b"user.msb.";
 /// What shows at start that overrides can be stored.
@@ -101,6 +104,8 @@ pub(crate) struct Overlay {
     rules: Ownership,
     server: u32,
     changes: Mutex<()>,
+    /// The kernel reads attributes by name only from an open file.
+    by_descriptor: AtomicBool,
 }
 
 impl Overlay {
@@ -109,6 +114,7 @@ impl Overlay {
             rules,
             server: rustix::process::geteuid().as_raw(),
             changes: Mutex::new(()),
+            by_descriptor: AtomicBool::new(false),
         }
     }
 
@@ -149,18 +155,60 @@ impl Overlay {
         sys::removexattr(root, PROBE)
     }
 
+    /// Whether inodes of type `kind` may have an override.
+    pub(crate) fn is_stored(&self, kind: FileType) -> bool {
+        !self.is_off() && matches!(kind, FileType::RegularFile | FileType::Directory)
+    }
+
     /// The override of a host inode of type `kind`, if there is one.
     pub(crate) fn read(&self, fd: BorrowedFd<'_>, kind: FileType) -> Result<Option<Override>> {
-        let stored = matches!(kind, FileType::RegularFile | FileType::Directory);
-        if self.is_off() || !stored {
+        if !self.is_stored(kind) {
             return Ok(None);
         }
         let mut bytes = [0; 20];
-        let len = match sys::getxattr(fd, KEY, &mut bytes) {
+        let result = sys::getxattr(fd, KEY, &mut bytes);
+        self.decode(result, &bytes, kind)
+    }
+
+    /// The override of `name` in `dir`, without opening it where the kernel knows how. What bears
+    /// the name by then may be something else than the caller has seen before.
+    pub(crate) fn read_in(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        kind: FileType,
+    ) -> Result<Option<Override>> {
+        if !self.is_stored(kind) {
+            return Ok(None);
+        }
+        let mut bytes = [0; 20];
+        if !self.by_descriptor.load(Ordering::Relaxed) {
+            match sys::getxattr_in(dir, name, KEY_C, &mut bytes) {
+                Err(Errno::NOSYS) => self.by_descriptor.store(true, Ordering::Relaxed),
+                result => return self.decode(result, &bytes, kind),
+            }
+        }
+        // A pipe that has taken the place of a file is not opened for reading: it has no override.
+        let file = sys::open_in(dir, name, OFlags::PATH, 0)?;
+        if sys::stat(&file)?.kind() != kind {
+            return Err(Errno::AGAIN);
+        }
+        let result = sys::getxattr(std::os::fd::AsFd::as_fd(&file), KEY, &mut bytes);
+        self.decode(result, &bytes, kind)
+    }
+
+    fn decode(
+        &self,
+        result: Result<usize>,
+        bytes: &[u8],
+        kind: FileType,
+    ) -> Result<Option<Override>> {
+        let len = match result {
             Ok(len) => len,
             // A file that the server may not read shows as its host attributes say.
             Err(Errno::NODATA | Errno::ACCESS | Errno::PERM) => return Ok(None),
             Err(Errno::OPNOTSUPP) if self.rules.mode == StatVirt::Relaxed => return Ok(None),
+            Err(Errno::NOENT) => return Err(Errno::NOENT),
             Err(_) => return Err(Errno::IO),
         };
         let found = bytes.get(..len).and_then(Override::from_bytes);
@@ -197,7 +245,14 @@ impl Overlay {
 
     /// The virtual part of the attributes of a node.
     pub(crate) fn view(&self, node: &Node, stat: &Stat) -> Result<Override> {
+        if !self.is_stored(node.kind) {
+            return Ok(self.identity(stat));
+        }
+        if let Some(known) = node.facts(|facts| facts.view(stat)) {
+            return Ok(known.unwrap_or_else(|| self.identity(stat)));
+        }
         let found = self.read(node.fd(), node.kind)?;
+        node.facts(|facts| facts.remember(stat, found));
         Ok(found.unwrap_or_else(|| self.identity(stat)))
     }
 
@@ -206,10 +261,14 @@ impl Overlay {
         Ok(merge(stat, self.view(node, stat)?))
     }
 
-    /// The attributes of an inode that is not a node, for a listing.
-    pub(crate) fn kind_of(&self, fd: BorrowedFd<'_>, stat: &Stat) -> Result<u32> {
-        let found = self.read(fd, FileType::from_raw_mode(stat.st_mode))?;
-        Ok(found.map_or(stat.st_mode, |found| found.mode) & S_IFMT)
+    /// The attributes of an inode that has no override.
+    pub(crate) fn plain_attr(&self, stat: &Stat) -> Attr {
+        merge(stat, self.identity(stat))
+    }
+
+    /// The attributes of an inode with this override, if any.
+    pub(crate) fn merged(&self, stat: &Stat, found: Option<Override>) -> Attr {
+        merge(stat, found.unwrap_or_else(|| self.identity(stat)))
     }
 
     /// Stores `new` for the inode behind `fd`, whose host attributes are `stat`.
@@ -223,7 +282,7 @@ impl Overlay {
             Err(Errno::ACCESS | Errno::PERM) if self.owns(stat) => {}
             result => return result,
         }
-        let now = rustix::fs::fstat(fd)?.st_mode & 0o7777;
+        let now = sys::stat(fd)?.st_mode & 0o7777;
         sys::chmod(fd, now | 0o600)?;
         let result = sys::setxattr(fd, KEY, &bytes, XattrFlags::empty());
         // An override that cannot be read would be lost: the owner's read permission stays.
@@ -264,7 +323,7 @@ impl Overlay {
     /// does.
     pub(crate) fn drop_special(&self, node: &Node) -> Result<()> {
         let _guard = self.lock();
-        let stat = rustix::fs::fstat(node.fd())?;
+        let stat = sys::stat(node.fd())?;
         for name in ["security.capability", "user.msb.security.capability"] {
             match sys::removexattr(node.fd(), name) {
                 Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::ACCESS) => {}
@@ -303,23 +362,22 @@ pub(crate) fn without_special(mode: u32) -> u32 {
 /// The host's attributes with the virtual ones put over them.
 pub(crate) fn merge(stat: &Stat, view: Override) -> Attr {
     let device = matches!(view.mode & S_IFMT, S_IFCHR | S_IFBLK);
-    let nsec = |value| u32::try_from(value).unwrap_or(0);
     Attr {
         ino: stat.st_ino,
-        size: u64::try_from(stat.st_size).unwrap_or(0),
-        blocks: u64::try_from(stat.st_blocks).unwrap_or(0),
+        size: stat.st_size,
+        blocks: stat.st_blocks,
         atime: stat.st_atime.cast_unsigned(),
         mtime: stat.st_mtime.cast_unsigned(),
         ctime: stat.st_ctime.cast_unsigned(),
-        atimensec: nsec(stat.st_atime_nsec),
-        mtimensec: nsec(stat.st_mtime_nsec),
-        ctimensec: nsec(stat.st_ctime_nsec),
+        atimensec: stat.st_atime_nsec,
+        mtimensec: stat.st_mtime_nsec,
+        ctimensec: stat.st_ctime_nsec,
         mode: view.mode,
-        nlink: u32::try_from(stat.st_nlink).unwrap_or(u32::MAX),
+        nlink: stat.st_nlink,
         uid: view.uid,
         gid: view.gid,
         rdev: if device { view.rdev } else { 0 },
-        blksize: u32::try_from(stat.st_blksize).unwrap_or(4096),
+        blksize: stat.st_blksize,
         flags: 0,
     }
 }

@@ -11,8 +11,8 @@ use rustix::fs::{FileType, XattrFlags};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
-use super::node::Node;
 use super::overlay::PREFIX;
+use super::table::Node;
 use super::{Caller, Result, Tree};
 use crate::sys;
 use crate::wire::acl::{self, Acl};
@@ -105,7 +105,7 @@ impl Tree {
             };
         }
         let _guard = self.overlay.lock();
-        let stat = rustix::fs::fstat(node.fd())?;
+        let stat = sys::stat(node.fd())?;
         let mut view = self.overlay.view(node, &stat)?;
         view.mode = (view.mode & !0o777) | list.permissions();
         let member = caller.uid == 0 || caller.gid == view.gid;

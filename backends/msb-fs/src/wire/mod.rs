@@ -2,5 +2,6 @@
 
 pub mod abi;
 pub mod acl;
+pub mod dirent;
 pub mod reply;
 pub mod request;

@@ -1,6 +1,6 @@
 //! Replies, bounded by the room that the guest gave for them.
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::abi::{Dirent, EntryOut, OutHeader};
 
@@ -18,18 +18,16 @@ pub fn header(unique: u64, error: i32, len: usize) -> OutHeader {
 
 /// Directory entries in the form of READDIR or READDIRPLUS, at most `room` bytes of them.
 #[derive(Debug)]
-pub struct Listing {
-    bytes: Vec<u8>,
+pub struct Listing<'a> {
+    bytes: &'a mut Vec<u8>,
     room: usize,
 }
 
-impl Listing {
-    /// An empty list that may grow to `room` bytes.
-    pub fn new(room: usize) -> Self {
-        Self {
-            bytes: Vec::with_capacity(room.min(1 << 16)),
-            room,
-        }
+impl<'a> Listing<'a> {
+    /// An empty list that may grow to `room` bytes, put together in `bytes`.
+    pub fn new(bytes: &'a mut Vec<u8>, room: usize) -> Self {
+        bytes.clear();
+        Self { bytes, room }
     }
 
     /// Whether an entry with a name of `name_len` bytes still fits.
@@ -61,9 +59,22 @@ impl Listing {
         self.bytes.is_empty()
     }
 
-    /// The entries as they go over the wire.
-    pub fn into_bytes(self) -> Vec<u8> {
-        self.bytes
+    /// Removes all entries.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+    }
+
+    /// The nodes that a list of READDIRPLUS names, once for each entry that counts as looked up.
+    pub fn nodes(&self) -> impl Iterator<Item = u64> {
+        let mut rest = self.bytes.as_slice();
+        std::iter::from_fn(move || {
+            let (entry, tail) = EntryOut::read_from_prefix(rest).ok()?;
+            let (head, _) = Dirent::read_from_prefix(tail).ok()?;
+            let len = (size_of::<Dirent>() + head.namelen as usize).next_multiple_of(8);
+            rest = tail.get(len..).unwrap_or_default();
+            Some(entry.nodeid)
+        })
+        .filter(|id| *id != 0)
     }
 }
 
@@ -73,13 +84,33 @@ mod tests {
 
     #[test]
     fn a_listing_stays_within_its_room() {
-        let mut list = Listing::new(70);
+        let mut bytes = Vec::new();
+        let mut list = Listing::new(&mut bytes, 70);
         assert!(list.fits(8, false) && !list.fits(47, false) && !list.fits(1, true));
         list.push(None, 5, 1, 8, b"x");
         assert!(list.fits(8, false) && !list.fits(9, false));
         list.push(None, 5, 2, 8, b"12345678");
         assert!(!list.fits(0, false));
-        assert_eq!(list.into_bytes().len(), 64);
+        assert_eq!(bytes.len(), 64);
+    }
+
+    #[test]
+    fn the_nodes_of_a_listing_are_found_again() {
+        let mut bytes = Vec::new();
+        let mut list = Listing::new(&mut bytes, 4096);
+        for (id, name) in [
+            (0, &b"."[..]),
+            (7, b"some name"),
+            (0, b"x"),
+            (9, b"12345678"),
+        ] {
+            let entry = EntryOut {
+                nodeid: id,
+                ..EntryOut::default()
+            };
+            list.push(Some(&entry), 1, 1, 8, name);
+        }
+        assert_eq!(list.nodes().collect::<Vec<_>>(), [7, 9]);
     }
 
     #[test]

@@ -1,18 +1,13 @@
 //! Files and directories that the guest has opened.
 
-use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
-use super::Result;
 use super::node::Node;
-use crate::sys::RawEntry;
-
-/// How many handles a guest may hold.
-const MOST: usize = 1 << 20;
+use super::slab::Slab;
+use crate::tree::Result;
 
 /// An open file.
 pub(crate) struct FileHandle {
@@ -32,20 +27,27 @@ impl FileHandle {
 }
 
 /// The listing of an open directory.
+#[derive(Default)]
 pub(crate) struct Stream {
-    /// `None` for the root of a single-file mount.
+    /// Opened with the first listing.
     pub(crate) file: Option<OwnedFd>,
-    /// Entries that were read from the host and not yet asked for.
-    pub(crate) ahead: VecDeque<RawEntry>,
-    /// Where `ahead` begins.
+    /// Entries that were read from the host, as the kernel lays them out.
+    pub(crate) buffer: Vec<u8>,
+    /// Where in `buffer` the next entry begins.
+    pub(crate) at: usize,
+    /// How much of `buffer` is filled.
+    pub(crate) filled: usize,
+    /// Position of the next entry in the directory.
     pub(crate) position: u64,
-    /// Where the host goes on after `ahead`.
-    pub(crate) end: u64,
+    /// Where the reply is put together.
+    pub(crate) reply: Vec<u8>,
 }
 
 /// An open directory.
 pub(crate) struct DirHandle {
     pub(crate) id: u64,
+    /// `None` for the root of a single-file mount.
+    pub(crate) node: Option<Arc<Node>>,
     pub(crate) stream: Mutex<Stream>,
 }
 
@@ -55,11 +57,13 @@ enum Handle {
     Dir(Arc<DirHandle>),
 }
 
-/// All open handles.
-#[derive(Default)]
-pub(crate) struct HandleTable {
-    map: RwLock<HashMap<u64, Handle>>,
-    last: AtomicU64,
+/// All open handles. Their numbers are never zero, which stands for no handle.
+pub(crate) struct HandleTable(Slab<Handle>);
+
+impl Default for HandleTable {
+    fn default() -> Self {
+        Self(Slab::new())
+    }
 }
 
 impl HandleTable {
@@ -72,43 +76,35 @@ impl HandleTable {
     }
 
     fn add(&self, handle: Handle) -> Result<u64> {
-        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
-        if map.len() >= MOST {
-            return Err(Errno::NFILE);
-        }
-        // Zero stands for no handle, when the guest opens without asking.
-        let fh = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        map.insert(fh, handle);
-        Ok(fh)
+        self.0.insert(|_| handle).map_err(|_| Errno::NFILE)
     }
 
     /// The open file `fh`, which must be one of node `id`.
     pub(crate) fn file(&self, fh: u64, id: u64) -> Result<Arc<FileHandle>> {
-        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
-        match map.get(&fh) {
-            Some(Handle::File(file)) if file.node.id == id => Ok(Arc::clone(file)),
+        match self.0.get(fh, |handle| handle.clone()) {
+            Some(Handle::File(file)) if file.node.id == id => Ok(file),
             _ => Err(Errno::BADF),
         }
     }
 
     /// The open directory `fh`, which must be node `id`.
     pub(crate) fn dir(&self, fh: u64, id: u64) -> Result<Arc<DirHandle>> {
-        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
-        match map.get(&fh) {
-            Some(Handle::Dir(dir)) if dir.id == id => Ok(Arc::clone(dir)),
+        match self.0.get(fh, |handle| handle.clone()) {
+            Some(Handle::Dir(dir)) if dir.id == id => Ok(dir),
             _ => Err(Errno::BADF),
         }
     }
 
-    pub(crate) fn remove(&self, fh: u64) {
-        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
-        let gone = map.remove(&fh);
-        drop(map);
-        drop(gone);
+    /// Takes a handle away; what comes back closes it when it is dropped.
+    pub(crate) fn remove(&self, fh: u64) -> Option<impl Send> {
+        self.0.remove(fh)
     }
 
     pub(crate) fn clear(&self) {
-        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
-        map.clear();
+        for index in 0..self.0.used() {
+            if let Some(fh) = self.0.number_at(index) {
+                self.0.remove(fh);
+            }
+        }
     }
 }

@@ -1,0 +1,473 @@
+//! What the guest knows by number: nodes, and the files and directories it has opened.
+//!
+//! A node is *live* when it has a descriptor, and *cold* when it is only known by its name in a
+//! directory that is another node. Nodes begin cold when a listing shows them, and become cold when
+//! more are live than descriptors may be open; whoever uses one makes it live again. Only a live
+//! node that nobody uses becomes cold: its entry holds the one reference to it, under the lock of
+//! its slot.
+//!
+//! Locks are taken in the order shard of the index, slot, facts of a node; never two slots at once.
+
+mod handle;
+mod node;
+mod slab;
+#[cfg(test)]
+mod tests;
+
+use std::hash::BuildHasher;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use hashbrown::{DefaultHashBuilder, HashTable};
+use rustix::io::Errno;
+
+pub(crate) use self::handle::{DirHandle, FileHandle, HandleTable, Stream};
+pub(crate) use self::node::{Access, Cold, Facts, Key, Node, Place, is_grown, is_settled, key};
+use self::slab::{Slab, lock};
+use super::Result;
+use crate::sys::Stat;
+use crate::wire::abi::ROOT_ID;
+
+/// Parts of the index that are locked on their own.
+const SHARDS: usize = 16;
+
+/// What a number stands for.
+enum Body {
+    Live(Arc<Node>),
+    Cold(Cold),
+    /// A cold node whose inode is no more: its number now belongs to another one.
+    Gone,
+}
+
+struct Entry {
+    lookups: u64,
+    body: Body,
+}
+
+impl Entry {
+    fn key(&self) -> Option<Key> {
+        match &self.body {
+            Body::Live(node) => Some(node.key),
+            Body::Cold(cold) => Some(cold.key),
+            Body::Gone => None,
+        }
+    }
+}
+
+/// A node as it is found.
+pub(crate) enum Found {
+    Live(Arc<Node>),
+    Cold(Cold),
+}
+
+/// Where in the slab an inode is; the hash is kept so that growing asks no slot.
+#[derive(Clone, Copy)]
+struct Item {
+    hash: u64,
+    id: u64,
+}
+
+/// All nodes.
+pub(crate) struct NodeTable {
+    slab: Slab<Entry>,
+    index: [Mutex<HashTable<Item>>; SHARDS],
+    hasher: DefaultHashBuilder,
+    live: AtomicUsize,
+    cold: AtomicUsize,
+    hand: AtomicU32,
+    /// How many nodes may be live.
+    budget: usize,
+}
+
+impl NodeTable {
+    /// A table that holds nothing but the root, and keeps no more than about `budget` descriptors.
+    pub(crate) fn new(stat: &Stat, file: OwnedFd, access: Access, budget: usize) -> Self {
+        let table = Self {
+            slab: Slab::new(),
+            index: std::array::from_fn(|_| Mutex::default()),
+            hasher: DefaultHashBuilder::default(),
+            live: AtomicUsize::new(0),
+            cold: AtomicUsize::new(0),
+            hand: AtomicU32::new(0),
+            budget,
+        };
+        // The first number that a slab gives is that of the root.
+        table.insert(stat, file, access, None).ok();
+        table
+    }
+
+    /// The node `id`.
+    pub(crate) fn get(&self, id: u64) -> Option<Found> {
+        self.slab.get(id, |entry| entry.found())?
+    }
+
+    /// The node `id`, when it is live.
+    pub(crate) fn get_live(&self, id: u64) -> Option<Arc<Node>> {
+        match self.get(id)? {
+            Found::Live(node) => Some(node),
+            Found::Cold(_) => None,
+        }
+    }
+
+    /// The node of an inode that was found at `place`, if it is known; counts one lookup then.
+    pub(crate) fn find(
+        &self,
+        stat: &Stat,
+        parent: u64,
+        name: &std::ffi::CStr,
+    ) -> Option<(u64, Found)> {
+        let key = key(stat);
+        let hash = self.hasher.hash_one(key);
+        let mut shard = self.shard(hash);
+        let id = self.search(&shard, hash, key)?;
+        let found = self.slab.get(id, |entry| {
+            if !entry.check(stat) {
+                return None;
+            }
+            entry.lookups = entry.lookups.saturating_add(1);
+            entry.move_to(parent, name);
+            entry.found()
+        })?;
+        if found.is_none() {
+            self.drop_item(&mut shard, hash, id);
+            self.cold.fetch_sub(1, Ordering::Relaxed);
+        }
+        Some((id, found?))
+    }
+
+    /// The number of the node of an inode, without counting a lookup.
+    pub(crate) fn id_of(&self, stat: &Stat) -> Option<u64> {
+        let key = key(stat);
+        let hash = self.hasher.hash_one(key);
+        let id = self.search(&self.shard(hash), hash, key)?;
+        let same = self.slab.get(id, |entry| match &entry.body {
+            Body::Live(_) => true,
+            Body::Cold(cold) => cold.is(stat),
+            Body::Gone => false,
+        });
+        (same == Some(true)).then_some(id)
+    }
+
+    /// Adds the inode behind `file`, or counts one more lookup of it when another request was
+    /// faster; the descriptor comes back then.
+    pub(crate) fn insert(
+        &self,
+        stat: &Stat,
+        file: OwnedFd,
+        access: Access,
+        place: Option<Place>,
+    ) -> Result<(Arc<Node>, Option<OwnedFd>)> {
+        let key = key(stat);
+        let hash = self.hasher.hash_one(key);
+        let mut shard = self.shard(hash);
+        if let Some(id) = self.search(&shard, hash, key) {
+            let found = self.slab.get(id, |entry| {
+                if !entry.check(stat) {
+                    return Err(file);
+                }
+                entry.lookups = entry.lookups.saturating_add(1);
+                if let Some(place) = place.clone() {
+                    entry.move_to(place.parent, place.name());
+                }
+                Ok(self.warm(id, entry, stat, file, access))
+            });
+            match found {
+                Some(Ok(Some(found))) => return Ok(found),
+                Some(Err(file)) => {
+                    self.drop_item(&mut shard, hash, id);
+                    self.cold.fetch_sub(1, Ordering::Relaxed);
+                    return self.add_live(&mut shard, hash, (stat, file, access, place));
+                }
+                _ => return Err(Errno::STALE),
+            }
+        }
+        self.add_live(&mut shard, hash, (stat, file, access, place))
+    }
+
+    fn add_live(
+        &self,
+        shard: &mut HashTable<Item>,
+        hash: u64,
+        (stat, file, access, place): (&Stat, OwnedFd, Access, Option<Place>),
+    ) -> Result<(Arc<Node>, Option<OwnedFd>)> {
+        let mut made = None;
+        let id = self.slab.insert(|id| {
+            let node = Arc::new(Node::with(id, stat, file, access, Facts::new(place)));
+            made = Some(Arc::clone(&node));
+            Entry {
+                lookups: 1,
+                body: Body::Live(node),
+            }
+        });
+        let id = id.map_err(|_| Errno::NFILE)?;
+        shard.insert_unique(hash, Item { hash, id }, |item| item.hash);
+        self.live.fetch_add(1, Ordering::Relaxed);
+        Ok((made.ok_or(Errno::STALE)?, None))
+    }
+
+    /// Adds an inode that only its name is known of, and that [`NodeTable::find`] did not know.
+    pub(crate) fn insert_cold(&self, stat: &Stat, cold: Cold) -> Result<u64> {
+        let key = key(stat);
+        let hash = self.hasher.hash_one(key);
+        let mut shard = self.shard(hash);
+        if let Some(id) = self.search(&shard, hash, key) {
+            let counted = self.slab.get(id, |entry| {
+                entry.lookups = entry.lookups.saturating_add(u64::from(entry.check(stat)));
+                entry.key().is_some()
+            });
+            if counted == Some(true) {
+                return Ok(id);
+            }
+            self.drop_item(&mut shard, hash, id);
+            self.cold.fetch_sub(1, Ordering::Relaxed);
+        }
+        let id = self.slab.insert(|_| Entry {
+            lookups: 1,
+            body: Body::Cold(cold),
+        });
+        let id = id.map_err(|_| Errno::NFILE)?;
+        shard.insert_unique(hash, Item { hash, id }, |item| item.hash);
+        self.cold.fetch_add(1, Ordering::Relaxed);
+        Ok(id)
+    }
+
+    /// Gives the cold node `id` a descriptor, unless another request was faster. `None` when `stat`
+    /// is not its inode any more.
+    pub(crate) fn revive(
+        &self,
+        id: u64,
+        stat: &Stat,
+        file: OwnedFd,
+        access: Access,
+    ) -> Option<Arc<Node>> {
+        let mut slot = self.slab.lock(id)?;
+        let entry = slot.value.as_mut()?;
+        let same = match &entry.body {
+            Body::Live(node) => node.key == key(stat),
+            Body::Cold(cold) => cold.is(stat),
+            Body::Gone => false,
+        };
+        if !same {
+            return None;
+        }
+        let (node, spare) = self.warm(id, entry, stat, file, access)?;
+        drop(slot);
+        drop(spare);
+        Some(node)
+    }
+
+    /// Makes an entry live.
+    fn warm(
+        &self,
+        id: u64,
+        entry: &mut Entry,
+        stat: &Stat,
+        file: OwnedFd,
+        access: Access,
+    ) -> Option<(Arc<Node>, Option<OwnedFd>)> {
+        let facts = match &entry.body {
+            Body::Live(node) => return Some((Arc::clone(node), Some(file))),
+            Body::Cold(cold) => cold.facts.clone(),
+            Body::Gone => return None,
+        };
+        let node = Arc::new(Node::with(id, stat, file, access, facts));
+        entry.body = Body::Live(Arc::clone(&node));
+        self.cold.fetch_sub(1, Ordering::Relaxed);
+        self.live.fetch_add(1, Ordering::Relaxed);
+        Some((node, None))
+    }
+
+    /// Calls `with` on what is remembered of a node.
+    pub(crate) fn facts(&self, id: u64, with: impl FnOnce(&mut Facts)) {
+        self.slab.get(id, |entry| match &mut entry.body {
+            Body::Live(node) => node.facts(with),
+            Body::Cold(cold) => with(&mut cold.facts),
+            Body::Gone => {}
+        });
+    }
+
+    /// Takes back `count` lookups. What the guest counts wrongly harms only itself: the number
+    /// stops at zero, and the root stays.
+    pub(crate) fn forget(&self, id: u64, count: u64) {
+        if id == ROOT_ID {
+            return;
+        }
+        let left = self.slab.get(id, |entry| {
+            entry.lookups = entry.lookups.saturating_sub(count);
+            (entry.lookups, entry.key())
+        });
+        let Some((0, key)) = left else {
+            return;
+        };
+        let hash = key.map(|key| self.hasher.hash_one(key));
+        // A lookup that comes in between finds the node under the same lock.
+        let mut shard = hash.map(|hash| self.shard(hash));
+        let Some(slot) = self.slab.lock(id) else {
+            return;
+        };
+        let unused = slot.value.as_ref().is_some_and(|entry| {
+            // Between the two looks a cold node may have gone; never the other way about.
+            entry.lookups == 0 && (entry.key() == key || entry.key().is_none())
+        });
+        if !unused {
+            return;
+        }
+        if let (Some(shard), Some(hash)) = (&mut shard, hash) {
+            self.drop_item(shard, hash, id);
+        }
+        let gone = self.slab.take(id, slot);
+        drop(shard);
+        self.uncount(gone.as_ref());
+        // Closing the last descriptor may free a large file: not under a lock.
+        drop(gone);
+    }
+
+    /// Forgets everything but the root.
+    pub(crate) fn clear(&self) {
+        for index in 0..self.slab.used() {
+            if let Some(id) = self.slab.number_at(index) {
+                self.forget(id, u64::MAX);
+            }
+        }
+    }
+
+    /// Whether an unlink or a rename must look after the node that it takes the name from: there
+    /// are nodes that are known by name alone, or soon will be.
+    pub(crate) fn names_matter(&self) -> bool {
+        self.cold.load(Ordering::Relaxed) > 0 || self.live.load(Ordering::Relaxed) > self.budget / 2
+    }
+
+    /// Whether more descriptors are held than there should be.
+    pub(crate) fn is_over(&self) -> bool {
+        self.live.load(Ordering::Relaxed) > self.budget
+    }
+
+    /// How many nodes have a descriptor, and how many have none.
+    #[cfg(test)]
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        (
+            self.live.load(Ordering::Relaxed),
+            self.cold.load(Ordering::Relaxed),
+        )
+    }
+
+    /// A node that has not been used since this last passed it, and whose name is known. Asks at
+    /// most `steps` slots.
+    pub(crate) fn candidate(&self, steps: u32) -> Option<Arc<Node>> {
+        let used = self.slab.used().max(1);
+        for _ in 0..steps {
+            let index = self.hand.fetch_add(1, Ordering::Relaxed) % used;
+            let Some(id) = self.slab.number_at(index).filter(|id| *id != ROOT_ID) else {
+                continue;
+            };
+            let node = self.slab.get(id, |entry| match &entry.body {
+                Body::Live(node) if Arc::strong_count(node) == 1 && !node.was_used() => {
+                    let named = node.facts(|facts| facts.place.is_some());
+                    named.then(|| Arc::clone(node))
+                }
+                _ => None,
+            });
+            if let Some(Some(node)) = node {
+                return Some(node);
+            }
+        }
+        None
+    }
+
+    /// Takes the descriptor of `node`, which was just seen as `stat` at `place`. Not when anybody
+    /// else uses it.
+    pub(crate) fn spill(&self, node: &Arc<Node>, stat: &Stat, place: &Place) -> bool {
+        let spilled = self.slab.get(node.id, |entry| {
+            let Body::Live(held) = &entry.body else {
+                return None;
+            };
+            // References come only from the slot, which is locked: two are the entry's and ours.
+            if !Arc::ptr_eq(held, node) || Arc::strong_count(held) != 2 {
+                return None;
+            }
+            let cold = node.cold(stat)?;
+            if cold.facts.place.as_ref() != Some(place) {
+                return None;
+            }
+            Some(std::mem::replace(&mut entry.body, Body::Cold(cold)))
+        });
+        let done = matches!(spilled, Some(Some(_)));
+        if done {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+            self.cold.fetch_add(1, Ordering::Relaxed);
+        }
+        done
+    }
+
+    fn uncount(&self, gone: Option<&Entry>) {
+        match gone.map(|entry| &entry.body) {
+            Some(Body::Live(_)) => self.live.fetch_sub(1, Ordering::Relaxed),
+            Some(Body::Cold(_)) => self.cold.fetch_sub(1, Ordering::Relaxed),
+            Some(Body::Gone) | None => 0,
+        };
+    }
+
+    fn shard(&self, hash: u64) -> MutexGuard<'_, HashTable<Item>> {
+        // The table takes its own bits from both ends of the hash.
+        let [.., middle, _, _, _] = hash.to_be_bytes();
+        lock(&self.index[usize::from(middle) % SHARDS])
+    }
+
+    fn search(&self, shard: &HashTable<Item>, hash: u64, key: Key) -> Option<u64> {
+        let same = |item: &Item| {
+            item.hash == hash
+                && self.slab.get(item.id, |entry| entry.key() == Some(key)) == Some(true)
+        };
+        shard.find(hash, same).map(|item| item.id)
+    }
+
+    fn drop_item(&self, shard: &mut HashTable<Item>, hash: u64, id: u64) {
+        if let Ok(found) = shard.find_entry(hash, |item| item.id == id) {
+            found.remove();
+        }
+    }
+}
+
+impl Entry {
+    fn found(&mut self) -> Option<Found> {
+        match &self.body {
+            Body::Live(node) => {
+                node.touch();
+                Some(Found::Live(Arc::clone(node)))
+            }
+            Body::Cold(cold) => Some(Found::Cold(cold.clone())),
+            Body::Gone => None,
+        }
+    }
+
+    /// Whether this is the inode of `stat`, whose number is the same. A cold node that is not is
+    /// gone from then on.
+    fn check(&mut self, stat: &Stat) -> bool {
+        match &self.body {
+            Body::Live(_) => true,
+            Body::Cold(cold) if cold.is(stat) => true,
+            _ => {
+                self.body = Body::Gone;
+                false
+            }
+        }
+    }
+
+    fn move_to(&mut self, parent: u64, name: &std::ffi::CStr) {
+        let update = |facts: &mut Facts| {
+            if facts
+                .place
+                .as_ref()
+                .is_none_or(|place| !place.is(parent, name))
+            {
+                facts.place = Some(Place::new(parent, name));
+            }
+        };
+        match &mut self.body {
+            Body::Live(node) => node.facts(update),
+            Body::Cold(cold) => update(&mut cold.facts),
+            Body::Gone => {}
+        }
+    }
+}

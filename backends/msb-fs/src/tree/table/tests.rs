@@ -1,0 +1,278 @@
+//! The node table under every short sequence of what guest and host do, and under threads.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use clap::Parser;
+use rustix::io::Errno;
+
+use super::*;
+use crate::args::{Args, Config};
+use crate::tree::{Source, Tree};
+
+fn serve(folder: &Path, budget: usize) -> Tree {
+    let args = ["msb-fs", "--fd=3", "--stat-virt=relaxed", "--shared-dir=/"];
+    let config = Config::try_from(Args::try_parse_from(args).unwrap()).unwrap();
+    let mut tree = Tree::new(&Source::Directory(folder.to_owned()), config.rules).unwrap();
+    let file = tree.place().unwrap();
+    let stat = crate::sys::stat(&file).unwrap();
+    tree.nodes = NodeTable::new(&stat, file, Access::Read, budget);
+    tree
+}
+
+/// Only inodes that are a moment old are told apart by their birth.
+fn grow_up() {
+    std::thread::sleep(std::time::Duration::from_millis(40));
+}
+
+/// Takes the descriptor of every node that can do without.
+fn spill_all(tree: &Tree) {
+    for _ in 0..4 {
+        tree.give_back(100);
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Lookup(&'static CStr),
+    Forget,
+    Spill,
+    Rename,
+    Exchange,
+    Unlink(&'static CStr),
+    Create(&'static CStr),
+    HostRename,
+    HostReplace(&'static str),
+}
+
+const STEPS: [Step; 11] = [
+    Step::Lookup(c"a"),
+    Step::Lookup(c"b"),
+    Step::Forget,
+    Step::Spill,
+    Step::Rename,
+    Step::Exchange,
+    Step::Unlink(c"a"),
+    Step::Unlink(c"b"),
+    Step::Create(c"a"),
+    Step::HostRename,
+    Step::HostReplace("a"),
+];
+
+/// What the guest believes: numbers with the inode and the lookups that they stand for.
+struct Model<'a> {
+    tree: Tree,
+    folder: &'a Path,
+    known: HashMap<u64, (u64, u64)>,
+    /// The host changed something by itself: a name may have gone.
+    behind: bool,
+}
+
+impl Model<'_> {
+    fn count(&mut self, id: u64, ino: u64) {
+        let (known, lookups) = self.known.entry(id).or_insert((ino, 0));
+        assert_eq!(*known, ino, "number {id} stands for another inode");
+        *lookups += 1;
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Lookup(name) => {
+                if let Some(entry) = self.tree.lookup(ROOT_ID, name).unwrap() {
+                    self.count(entry.nodeid, entry.attr.ino);
+                }
+            }
+            Step::Forget => {
+                if let Some(id) = self.known.keys().min().copied() {
+                    let (_, lookups) = self.known.remove(&id).unwrap();
+                    self.tree.forget(id, lookups);
+                    assert_eq!(self.tree.getattr(id, None).err(), Some(Errno::STALE));
+                    // Once too often harms nobody.
+                    self.tree.forget(id, 1);
+                }
+            }
+            Step::Spill => spill_all(&self.tree),
+            Step::Rename => {
+                let _ = self.tree.rename((ROOT_ID, c"a"), (ROOT_ID, c"b"), 0);
+            }
+            Step::Exchange => {
+                let _ = self.tree.rename((ROOT_ID, c"a"), (ROOT_ID, c"b"), 2);
+            }
+            Step::Unlink(name) => {
+                let _ = self.tree.unlink(ROOT_ID, name, false);
+            }
+            Step::Create(name) => {
+                let args = crate::wire::abi::CreateIn {
+                    flags: 2,
+                    mode: 0o644,
+                    ..Default::default()
+                };
+                let caller = crate::tree::Caller { uid: 0, gid: 0 };
+                if let Ok((entry, opened)) = self.tree.create(ROOT_ID, name, &args, caller) {
+                    drop(self.tree.release(opened.fh));
+                    self.count(entry.nodeid, entry.attr.ino);
+                }
+            }
+            Step::HostRename => {
+                let (from, to) = (self.folder.join("a"), self.folder.join("b"));
+                self.behind |= fs::rename(from, to).is_ok();
+            }
+            Step::HostReplace(name) => {
+                let path = self.folder.join(name);
+                fs::remove_file(&path).ok();
+                fs::write(&path, "other").unwrap();
+                self.behind = true;
+            }
+        }
+    }
+
+    /// Every number that the guest holds stands for its inode, whatever has happened to its name;
+    /// only what the host did may have lost it.
+    fn check(&self, history: &[Step]) {
+        for (id, (ino, _)) in &self.known {
+            match self.tree.getattr(*id, None) {
+                Ok(found) => assert_eq!(found.attr.ino, *ino, "{id} after {history:?}"),
+                Err(Errno::STALE) if self.behind => {}
+                Err(error) => panic!("{id}: {error} after {history:?}"),
+            }
+        }
+    }
+}
+
+fn run(folder: &Path, history: &[Step]) {
+    let mut model = Model {
+        tree: serve(folder, 0),
+        folder,
+        known: HashMap::new(),
+        behind: false,
+    };
+    for (count, step) in history.iter().enumerate() {
+        model.step(*step);
+        if count == 2 {
+            assert_eq!(model.tree.nodes.counts(), (1, 2), "nothing was spilled");
+        }
+        model.check(history);
+    }
+    let known: Vec<_> = model.known.drain().collect();
+    for (id, (_, lookups)) in known {
+        model.tree.forget(id, lookups);
+    }
+    assert_eq!(
+        model.tree.nodes.counts(),
+        (1, 0),
+        "left over after {history:?}"
+    );
+}
+
+#[test]
+fn every_short_history_keeps_numbers_and_inodes_together() {
+    // Both files known and without descriptor, then every three steps.
+    let begin = [Step::Lookup(c"a"), Step::Lookup(c"b"), Step::Spill];
+    let count = STEPS.len();
+    let folder = tempfile::tempdir().unwrap();
+    let place = |number: usize| folder.path().join(number.to_string());
+    for number in 0..count.pow(3) {
+        fs::create_dir(place(number)).unwrap();
+        fs::write(place(number).join("a"), "a").unwrap();
+        fs::write(place(number).join("b"), "b").unwrap();
+    }
+    grow_up();
+    for number in 0..count.pow(3) {
+        let free = (0..3).map(|at| STEPS[number / count.pow(at) % count]);
+        let history: Vec<_> = begin.into_iter().chain(free).collect();
+        run(&place(number), &history);
+    }
+}
+
+#[test]
+fn more_files_than_descriptors_are_served() {
+    let folder = tempfile::tempdir().unwrap();
+    for dir in 0..20 {
+        let dir = folder.path().join(format!("d{dir}"));
+        fs::create_dir(&dir).unwrap();
+        for file in 0..50 {
+            fs::write(dir.join(format!("f{file}")), format!("{dir:?} {file}")).unwrap();
+        }
+    }
+    grow_up();
+    let tree = serve(folder.path(), 16);
+    let mut known = Vec::new();
+    for dir in 0..20 {
+        let name = std::ffi::CString::new(format!("d{dir}")).unwrap();
+        let parent = tree.lookup(ROOT_ID, &name).unwrap().unwrap().nodeid;
+        for file in 0..50 {
+            let name = std::ffi::CString::new(format!("f{file}")).unwrap();
+            let entry = tree.lookup(parent, &name).unwrap().unwrap();
+            known.push((entry.nodeid, entry.attr.ino));
+        }
+    }
+    let (live, cold) = tree.nodes.counts();
+    assert!(live <= 64, "{live} descriptors for {cold} others");
+    for (id, ino) in &known {
+        assert_eq!(tree.getattr(*id, None).unwrap().attr.ino, *ino);
+        let opened = tree.open(*id, 0, 0).unwrap();
+        drop(tree.release(opened.fh));
+    }
+    assert!(tree.nodes.counts().0 <= 64);
+    // Directories move as a whole, and what is in them stays known.
+    tree.rename((ROOT_ID, c"d3"), (ROOT_ID, c"moved"), 0)
+        .unwrap();
+    for (id, ino) in &known {
+        assert_eq!(tree.getattr(*id, None).unwrap().attr.ino, *ino);
+    }
+}
+
+#[test]
+fn what_is_open_keeps_its_descriptor() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a"), "content").unwrap();
+    let ino = fs::metadata(folder.path().join("a")).unwrap().ino();
+    grow_up();
+    let tree = serve(folder.path(), 0);
+    let id = tree.lookup(ROOT_ID, c"a").unwrap().unwrap().nodeid;
+    let opened = tree.open(id, 0, 0).unwrap();
+    spill_all(&tree);
+    fs::remove_file(folder.path().join("a")).unwrap();
+    assert_eq!(tree.getattr(id, None).unwrap().attr.ino, ino);
+    drop(tree.release(opened.fh));
+    // Nothing leads to it any more, so it keeps the descriptor.
+    spill_all(&tree);
+    assert_eq!(tree.getattr(id, None).unwrap().attr.ino, ino);
+}
+
+#[test]
+fn threads_agree_about_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let names: Vec<_> = (0..40)
+        .map(|number| std::ffi::CString::new(format!("n{number}")).unwrap())
+        .collect();
+    for name in &names {
+        fs::write(folder.path().join(name.to_str().unwrap()), "x").unwrap();
+    }
+    grow_up();
+    let tree = serve(folder.path(), 8);
+    std::thread::scope(|scope| {
+        for thread in 0..4_usize {
+            let (tree, names) = (&tree, &names);
+            scope.spawn(move || {
+                for round in 0..2000_usize {
+                    let name = &names[(round * (thread + 3)) % names.len()];
+                    let entry = tree.lookup(ROOT_ID, name).unwrap().unwrap();
+                    let again = tree.getattr(entry.nodeid, None).unwrap();
+                    assert_eq!(again.attr.ino, entry.attr.ino);
+                    if round % 7 == 0 {
+                        tree.give_back(8);
+                    }
+                    let node = tree.node(entry.nodeid).unwrap();
+                    assert_eq!(crate::sys::stat(&node.file).unwrap().st_ino, entry.attr.ino);
+                    drop(node);
+                    tree.forget(entry.nodeid, 1);
+                }
+            });
+        }
+    });
+    assert_eq!(tree.nodes.counts(), (1, 0));
+}
