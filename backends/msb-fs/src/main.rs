@@ -97,7 +97,7 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
     for missing in &report.missing {
         tracing::warn!("{}", chain(missing));
     }
-    let session = Session::new(tree, config.exclusive);
+    let session = Session::new(tree);
     let device = FsDevice::new(
         session,
         config.tag,

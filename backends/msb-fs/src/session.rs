@@ -1,17 +1,21 @@
 //! One FUSE session: takes requests apart, has the tree carry them out, and answers.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use msb_vhost::{Request, Segments};
 use rustix::io::Errno;
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+use zerocopy::{FromBytes, FromZeros};
 
-use crate::tree::{Caching, Caller, Tree, Wanted};
+use crate::answer::{self, Answer};
+use crate::pool::Pool;
+use crate::task::Task;
+use crate::tree::{Caching, Caller, Progress, Tree, Wanted};
 use crate::wire::abi::{
-    self, EntryOut, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OpenOut,
-    OutHeader, ReadIn, StatfsOut, WriteIn, WriteOut, init, oflag, opcode,
+    self, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OutHeader, ReadIn,
+    StatfsOut, WriteIn, WriteOut, init, opcode,
 };
-use crate::wire::reply::{self, HEADER_LEN};
+use crate::wire::reply::HEADER_LEN;
 use crate::wire::request::{self, Operation, WireError};
 
 /// Largest body of a request that is not a WRITE: a SETXATTR with the longest value and name, and
@@ -25,105 +29,54 @@ const PAGE_SIZE: u32 = 4096;
 
 /// The state that one guest's kernel and the server share.
 pub struct Session {
-    tree: Tree,
-    exclusive: bool,
-    /// The guest reads without opening.
-    unopened: AtomicBool,
-}
-
-/// Longest answer of fixed length: that of CREATE.
-const FIXED_MAX: usize = size_of::<EntryOut>() + size_of::<OpenOut>();
-
-/// What a request is answered with.
-enum Answer {
-    /// Nothing: the protocol has no reply for it.
-    None,
-    /// A structure or two.
-    Fixed([u8; FIXED_MAX], usize),
-    /// These bytes.
-    Bytes(Vec<u8>),
-    /// So many bytes, which lie in place already.
-    Placed(usize),
-}
-
-impl Answer {
-    fn of(value: &(impl IntoBytes + Immutable)) -> Self {
-        Self::pair(value, &[0_u8; 0])
-    }
-
-    fn pair(first: &(impl IntoBytes + Immutable), second: &(impl IntoBytes + Immutable)) -> Self {
-        let (first, second) = (first.as_bytes(), second.as_bytes());
-        let mut bytes = [0; FIXED_MAX];
-        let len = first.len() + second.len();
-        match bytes.get_mut(..len) {
-            Some(place) => {
-                let (front, back) = place.split_at_mut(first.len());
-                front.copy_from_slice(first);
-                back.copy_from_slice(second);
-                Self::Fixed(bytes, len)
-            }
-            None => Self::Bytes([first, second].concat()),
-        }
-    }
-
-    fn empty() -> Self {
-        Self::Placed(0)
-    }
+    tree: Arc<Tree>,
+    pool: Pool,
+    /// The guest lists directories without opening them.
+    lists_unopened: AtomicBool,
 }
 
 impl Session {
-    /// A session over `tree`. When it is `exclusive`, nobody but the guest changes the tree.
-    pub fn new(tree: Tree, exclusive: bool) -> Self {
+    /// A session over `tree`.
+    pub fn new(tree: Tree) -> Self {
         Self {
-            tree,
-            exclusive,
-            unopened: AtomicBool::new(false),
+            tree: Arc::new(tree),
+            pool: Pool::default(),
+            lists_unopened: AtomicBool::new(false),
         }
     }
 
     /// Forgets everything that the guest has set up.
     pub fn reset(&self) {
-        self.unopened.store(false, Ordering::Relaxed);
+        self.lists_unopened.store(false, Ordering::Relaxed);
+        self.tree.go_unopened(false);
         self.tree.reset();
     }
 
-    /// Carries out one request and completes it.
+    /// Carries out one request and completes it, now or later.
     pub fn handle(&self, mut request: Request) {
         let mut bytes = [0; size_of::<InHeader>()];
         let header = match request.readable.read_exact(&mut bytes) {
             Ok(()) => InHeader::read_from_bytes(&bytes).unwrap_or_default(),
             Err(_) => return request.complete(0),
         };
-        let mut head = request.writable.split_to(HEADER_LEN);
+        let head = request.writable.split_to(HEADER_LEN);
         let result = self.dispatch(&header, &mut request.readable, &mut request.writable);
-        if matches!(result, Ok(Answer::None)) || head.len() < HEADER_LEN {
-            return request.complete(0);
-        }
-        let result = result.and_then(|answer| match answer {
-            Answer::None => Ok(0),
-            Answer::Placed(len) => Ok(len),
-            Answer::Fixed(bytes, len) => match bytes.get(..len) {
-                Some(bytes) if request.writable.write_all(bytes).is_ok() => Ok(len),
-                _ => Err(Errno::IO),
-            },
-            Answer::Bytes(bytes) => match request.writable.write_all(&bytes) {
-                Ok(()) => Ok(bytes.len()),
-                Err(_) => Err(Errno::IO),
-            },
-        });
-        let reply = match result {
-            Ok(len) => reply::header(header.unique, 0, len),
-            Err(error) => {
-                tracing::trace!(opcode = header.opcode, node = header.nodeid, %error);
-                reply::header(header.unique, error.raw_os_error(), 0)
+        match result {
+            Ok(Answer::Later(task)) => {
+                let tree = Arc::clone(&self.tree);
+                self.pool.run(move || {
+                    let result = task.perform(&tree, &mut request.writable);
+                    answer::send(&header, head, request, result);
+                });
             }
-        };
-        let len = if head.write_all(reply.as_bytes()).is_ok() {
-            reply.len
-        } else {
-            0
-        };
-        request.complete(len);
+            Ok(Answer::Closed(fh)) => {
+                let closed = self.tree.release(fh);
+                answer::send(&header, head, request, Ok(Answer::empty()));
+                // Closing may take long, and tells the guest nothing.
+                drop(closed);
+            }
+            result => answer::send(&header, head, request, result),
+        }
     }
 
     fn dispatch(
@@ -166,7 +119,7 @@ impl Session {
             return Err(Errno::ROFS);
         }
         if let Operation::Read(args) = &operation {
-            return self.read(header.nodeid, args, writable);
+            return self.read(header.nodeid, *args, writable);
         }
         let id = header.nodeid;
         let caller = Caller {
@@ -251,35 +204,38 @@ impl Session {
         let tree = &self.tree;
         match operation {
             Operation::Open(args) => {
-                if self.unopened.load(Ordering::Relaxed) && args.flags & oflag::ACCMODE == 0 {
+                if tree.is_unopened() {
                     return Err(Errno::NOSYS);
                 }
-                return Ok(Answer::of(&tree.open(id, args.flags, args.open_flags)?));
+                Ok(Answer::of(&tree.open(id, args.flags, args.open_flags)?))
             }
-            Operation::Opendir => return Ok(Answer::of(&tree.opendir(id)?)),
+            Operation::Opendir if self.lists_unopened.load(Ordering::Relaxed) => Err(Errno::NOSYS),
+            Operation::Opendir => Ok(Answer::of(&tree.opendir(id)?)),
             Operation::Readdir { args, plus } => {
                 let wanted = Wanted {
                     offset: args.offset,
                     plus: *plus,
                     size: args.size as usize,
                 };
-                return Ok(Answer::Placed(tree.readdir(id, args.fh, wanted, writable)?));
+                Ok(Answer::Placed(tree.readdir(id, args.fh, wanted, writable)?))
             }
             Operation::Lseek(args) => {
                 let offset = tree.lseek(id, args)?;
-                return Ok(Answer::of(&LseekOut { offset }));
+                Ok(Answer::of(&LseekOut { offset }))
             }
-            Operation::CopyFileRange(args) => {
-                let size = tree.copy(id, args)?;
-                return Ok(Answer::of(&WriteOut { size, padding: 0 }));
+            Operation::CopyFileRange(args) => Ok(Answer::Later(Task::Copy(id, *args))),
+            Operation::Release { fh } | Operation::Releasedir { fh } => Ok(Answer::Closed(*fh)),
+            Operation::Fsync { fh, data_only } => {
+                let (fh, data_only) = (*fh, *data_only);
+                Ok(Answer::Later(Task::Fsync { id, fh, data_only }))
             }
-            Operation::Release { fh } | Operation::Releasedir { fh } => drop(tree.release(*fh)),
-            Operation::Fsync { fh, data_only } => tree.fsync(id, *fh, *data_only)?,
-            Operation::Fsyncdir { fh, data_only } => tree.fsyncdir(id, *fh, *data_only)?,
-            Operation::Fallocate(args) => tree.fallocate(id, args)?,
-            _ => return Err(Errno::NOSYS),
+            Operation::Fsyncdir { fh, data_only } => {
+                let (fh, data_only) = (*fh, *data_only);
+                Ok(Answer::Later(Task::Fsyncdir { id, fh, data_only }))
+            }
+            Operation::Fallocate(args) => Ok(Answer::Later(Task::Fallocate(id, *args))),
+            _ => Err(Errno::NOSYS),
         }
-        Ok(Answer::empty())
     }
 
     /// Requests about attributes, the file system as a whole, and the session itself.
@@ -311,7 +267,7 @@ impl Session {
             }
             Operation::Removexattr { name } => tree.removexattr(id, name)?,
             Operation::Access { mask } => tree.access(id, *mask, caller)?,
-            Operation::Syncfs => tree.syncfs()?,
+            Operation::Syncfs => return Ok(Answer::Later(Task::Syncfs)),
             Operation::Init { args, flags2 } => return self.init(args, *flags2),
             Operation::Destroy => self.reset(),
             Operation::Forget { count } => {
@@ -363,11 +319,13 @@ impl Session {
             | init::CACHE_SYMLINKS
             | init::INIT_EXT
             | init::ALLOW_IDMAP;
-        // Without OPEN nothing tells that the host has changed a file, so only where nobody does;
-        // and one descriptor must do for all, so only where nobody writes.
-        if rules.readonly && self.exclusive && !self.tree.is_single() {
+        if self.tree.may_go_unopened() {
             wanted |= init::NO_OPEN_SUPPORT;
+            // Nobody would see the flag.
             wanted &= !init::ATOMIC_O_TRUNC;
+        }
+        if self.tree.may_list_unopened() {
+            wanted |= init::NO_OPENDIR_SUPPORT;
         }
         if rules.writeback && !rules.readonly {
             wanted |= init::WRITEBACK_CACHE;
@@ -382,8 +340,9 @@ impl Session {
             wanted |= init::DIRECT_IO_ALLOW_MMAP;
         }
         let agreed = offered & wanted;
-        let unopened = agreed & init::NO_OPEN_SUPPORT != 0;
-        self.unopened.store(unopened, Ordering::Relaxed);
+        self.tree.go_unopened(agreed & init::NO_OPEN_SUPPORT != 0);
+        let lists_unopened = agreed & init::NO_OPENDIR_SUPPORT != 0;
+        self.lists_unopened.store(lists_unopened, Ordering::Relaxed);
         out.max_readahead = args.max_readahead;
         out.flags = u32::try_from(agreed & u64::from(u32::MAX)).unwrap_or(0);
         out.flags2 = u32::try_from(agreed >> 32).unwrap_or(0);
@@ -411,10 +370,15 @@ impl Session {
         }))
     }
 
-    fn read(&self, id: u64, args: &ReadIn, into: &mut Segments) -> Result<Answer, Errno> {
+    fn read(&self, id: u64, args: ReadIn, into: &mut Segments) -> Result<Answer, Errno> {
         let size = (args.size as usize).min(into.len());
-        let done = self.tree.read(id, args.fh, (args.offset, size), into)?;
-        Ok(Answer::Placed(done))
+        match self
+            .tree
+            .read_cached(id, args.fh, (args.offset, size), into)?
+        {
+            Progress::Done(len) => Ok(Answer::Placed(len)),
+            Progress::Waits(done) => Ok(Answer::Later(Task::Read { id, args, done })),
+        }
     }
 
     fn write(&self, id: u64, body: &mut Segments) -> Result<Answer, Errno> {

@@ -227,6 +227,23 @@ pub(crate) fn listxattr(fd: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
     Ok(list)
 }
 
+/// Whether the times of files behind `fd` tell any two changes apart when somebody has looked in
+/// between: multigrain timestamps, which Linux has since 6.13 on these file systems. Only outside of the jail.
+pub(crate) fn has_fine_times(fd: impl AsFd) -> bool {
+    const BTRFS: i64 = 0x9123_683e;
+    const EXT4: i64 = 0xef53;
+    const TMPFS: i64 = 0x0102_1994;
+    const XFS: i64 = 0x5846_5342;
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut parts = release.split(|letter: char| !letter.is_ascii_digit());
+    let mut number = || parts.next()?.parse::<u32>().ok();
+    let version = number().zip(number());
+    let recent = version.is_some_and(|version| version >= (6, 13));
+    recent
+        && rustix::fs::fstatfs(fd)
+            .is_ok_and(|found| [BTRFS, EXT4, TMPFS, XFS].contains(&found.f_type))
+}
+
 /// Number of getxattrat(2), the same on every architecture; since Linux 6.13.
 pub(crate) const SYS_GETXATTRAT: libc::c_long = 464;
 

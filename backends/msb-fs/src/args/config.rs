@@ -30,8 +30,6 @@ pub struct Config {
     pub rules: Rules,
     /// Limit of its space, and the file that accounts for it.
     pub quota: Option<Quota>,
-    /// Nobody else changes it.
-    pub exclusive: bool,
     /// Its name.
     pub tag: [u8; TAG_LEN],
     /// Number of request queues.
@@ -139,13 +137,13 @@ impl TryFrom<Args> for Config {
                     owner: args.owner,
                 },
                 caching,
+                exclusive: args.exclusive,
                 writeback: args.writeback,
                 submounts: args.announce_submounts && !args.no_announce_submounts,
                 lists: args.posix_acl == Some(true),
                 locks: args.locks == LocksArg::Host,
             },
             quota,
-            exclusive: args.exclusive,
             sandbox: args.sandbox,
             tag: args.tag,
             request_queues: args.num_request_queues,

@@ -1,7 +1,8 @@
 //! Opening files, and their content.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use msb_vhost::Segments;
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
@@ -17,6 +18,50 @@ use crate::wire::abi::{
 
 /// pwritev2(2): this write goes to the end of the file.
 const RWF_APPEND: i32 = 0x10;
+
+/// preadv2(2): fail rather than wait for the disk.
+const RWF_NOWAIT: i32 = 8;
+
+/// How far a read has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// So many bytes, and there are no more.
+    Done(usize),
+    /// So many bytes; the rest must be waited for.
+    Waits(usize),
+}
+
+/// What a request reads from or writes to.
+enum OpenFile {
+    /// What the guest has opened.
+    Handle(Arc<FileHandle>),
+    /// The node itself; for writing or not.
+    Node(Arc<Node>, bool),
+    /// Opened for this request alone.
+    Once(Arc<Node>, OwnedFd),
+}
+
+impl OpenFile {
+    fn node(&self) -> &Node {
+        match self {
+            Self::Handle(handle) => &handle.node,
+            Self::Node(node, _) | Self::Once(node, _) => node,
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Handle(handle) => handle.fd(),
+            Self::Node(node, true) => node.writer().unwrap_or_else(|| node.fd()),
+            Self::Node(node, false) => node.fd(),
+            Self::Once(_, own) => own.as_fd(),
+        }
+    }
+
+    fn appends(&self) -> bool {
+        matches!(self, Self::Handle(handle) if handle.append)
+    }
+}
 
 impl Tree {
     /// Opens a regular file.
@@ -63,6 +108,14 @@ impl Tree {
 
     /// Registers an open file and says what the guest may cache of it.
     pub(crate) fn opened(&self, handle: FileHandle, stat: &Stat) -> Result<OpenOut> {
+        if self.is_unopened() {
+            // A file that was created is used like all others, and never released.
+            return Ok(OpenOut {
+                fh: 0,
+                open_flags: fopen::KEEP_CACHE,
+                backing_id: 0,
+            });
+        }
         let unchanged = handle.node.unchanged(stat);
         let open_flags = match self.rules.caching {
             Caching::Never | Caching::Metadata => fopen::DIRECT_IO,
@@ -99,21 +152,25 @@ impl Tree {
         result
     }
 
-    /// The open file `fh` of node `id`. Handle zero is the node itself, for guests that read
-    /// without opening.
-    fn handle(&self, id: u64, fh: u64) -> Result<Arc<FileHandle>> {
+    /// The open file `fh` of node `id`. Handle zero is the node itself, for guests that do not
+    /// open.
+    fn handle(&self, id: u64, fh: u64, writes: bool) -> Result<OpenFile> {
         if fh != 0 {
-            return self.handles.file(fh, id);
+            return Ok(OpenFile::Handle(self.handles.file(fh, id)?));
         }
         let node = self.node(id)?;
-        if node.kind != FileType::RegularFile || !node.readable {
+        if node.kind != FileType::RegularFile {
             return Err(Errno::BADF);
         }
-        Ok(Arc::new(FileHandle {
-            node,
-            own: None,
-            append: false,
-        }))
+        if !writes && !node.readable {
+            let own = self.reopen(&node, OFlags::RDONLY)?;
+            return Ok(OpenFile::Once(node, own));
+        }
+        if writes && node.writer().is_none() {
+            let own = self.reopen(&node, OFlags::RDWR)?;
+            node.set_writer(own);
+        }
+        Ok(OpenFile::Node(node, writes))
     }
 
     /// Reads up to `size` bytes into the front of `into`; fewer at the end of the file.
@@ -124,32 +181,59 @@ impl Tree {
         (offset, size): (u64, usize),
         into: &mut Segments,
     ) -> Result<usize> {
-        let handle = self.handle(id, fh)?;
-        let mut done = 0;
-        while done < size {
-            let at = u64::try_from(done)
-                .ok()
-                .and_then(|done| offset.checked_add(done));
-            let at = at.ok_or(Errno::INVAL)?;
-            match into.pread(handle.fd(), size - done, at, 0) {
-                Ok(0) => break,
-                Ok(count) => done += count,
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(errno(&error)),
-            }
+        let file = self.handle(id, fh, false)?;
+        // A regular file gives less only at its end.
+        let read = into.pread(file.fd(), size, offset, 0);
+        read.map_err(|error| errno(&error))
+    }
+
+    /// The same, as far as the host has the data in memory.
+    pub fn read_cached(
+        &self,
+        id: u64,
+        fh: u64,
+        (offset, size): (u64, usize),
+        into: &mut Segments,
+    ) -> Result<Progress> {
+        let file = self.handle(id, fh, false)?;
+        let waits = self.reads_wait.load(Ordering::Relaxed);
+        let flags = if waits { 0 } else { RWF_NOWAIT };
+        let count = match into.pread(file.fd(), size, offset, flags) {
+            Ok(count) => count,
+            Err(error) => match errno(&error) {
+                Errno::AGAIN if !waits => return Ok(Progress::Waits(0)),
+                Errno::OPNOTSUPP if !waits => {
+                    self.reads_wait.store(true, Ordering::Relaxed);
+                    return Ok(Progress::Waits(0));
+                }
+                error => return Err(error),
+            },
+        };
+        if count == size || waits {
+            return Ok(Progress::Done(count));
         }
-        Ok(done)
+        // Either the end of the file, or of what is in memory.
+        let end = u64::try_from(count)
+            .ok()
+            .and_then(|count| offset.checked_add(count));
+        let whole =
+            end.is_some_and(|end| sys::stat(file.fd()).is_ok_and(|stat| stat.st_size <= end));
+        Ok(if whole {
+            Progress::Done(count)
+        } else {
+            Progress::Waits(count)
+        })
     }
 
     /// Writes the front of `from`; fewer bytes than asked for when the host has no room for more.
     pub fn write(&self, id: u64, args: &WriteIn, from: &mut Segments) -> Result<u32> {
-        let handle = self.handle(id, args.fh)?;
+        let handle = self.handle(id, args.fh, true)?;
         let size = args.size as usize;
         if from.len() < size {
             return Err(Errno::INVAL);
         }
         // What the guest writes back from its page cache has its place already.
-        let append = handle.append && args.write_flags & WRITE_CACHE == 0;
+        let append = handle.appends() && args.write_flags & WRITE_CACHE == 0;
         let flags = if append { RWF_APPEND } else { 0 };
         let mut done = 0;
         while done < size {
@@ -165,7 +249,7 @@ impl Tree {
             }
         }
         if args.write_flags & WRITE_KILL_SUIDGID != 0 {
-            self.overlay.drop_special(&handle.node)?;
+            self.overlay.drop_special(handle.node())?;
         }
         u32::try_from(done).map_err(|_| Errno::INVAL)
     }
@@ -177,7 +261,7 @@ impl Tree {
 
     /// Brings a file to the host's disk.
     pub fn fsync(&self, id: u64, fh: u64, data_only: bool) -> Result<()> {
-        let handle = self.handle(id, fh)?;
+        let handle = self.handle(id, fh, false)?;
         if data_only {
             rustix::fs::fdatasync(handle.fd())
         } else {
@@ -196,14 +280,14 @@ impl Tree {
 
     /// Reserves or frees space of a file.
     pub fn fallocate(&self, id: u64, args: &FallocateIn) -> Result<()> {
-        let handle = self.handle(id, args.fh)?;
+        let handle = self.handle(id, args.fh, true)?;
         let mode = FallocateFlags::from_bits(args.mode).ok_or(Errno::OPNOTSUPP)?;
         rustix::fs::fallocate(handle.fd(), mode, args.offset, args.length)
     }
 
     /// Finds the next data or hole of a file.
     pub fn lseek(&self, id: u64, args: &LseekIn) -> Result<u64> {
-        let handle = self.handle(id, args.fh)?;
+        let handle = self.handle(id, args.fh, false)?;
         let to = match args.whence {
             3 => SeekFrom::Data(args.offset),
             4 => SeekFrom::Hole(args.offset),
@@ -217,8 +301,8 @@ impl Tree {
         if args.flags != 0 {
             return Err(Errno::INVAL);
         }
-        let from = self.handle(id, args.fh_in)?;
-        let to = self.handle(args.nodeid_out, args.fh_out)?;
+        let from = self.handle(id, args.fh_in, false)?;
+        let to = self.handle(args.nodeid_out, args.fh_out, true)?;
         let (mut at_from, mut at_to) = (args.off_in, args.off_out);
         // The reply has 32 bits; the guest asks again for the rest.
         let len = usize::try_from(args.len.min(1 << 30)).map_err(|_| Errno::INVAL)?;

@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::AsFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use msb_vhost::Segments;
 use rustix::fs::{FileType, OFlags, SeekFrom};
@@ -17,6 +17,26 @@ use crate::wire::reply::Listing;
 
 /// What is read from the host at once, kept for the requests that follow.
 const READ_AHEAD: usize = 1 << 16;
+/// Buffers that are kept for the next listings.
+const SPARE: usize = 4;
+
+/// Buffers for entries that no listing uses.
+#[derive(Default)]
+pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    fn take(&self) -> Vec<u8> {
+        let spare = lock(&self.0).pop();
+        spare.unwrap_or_else(|| vec![0; READ_AHEAD])
+    }
+
+    fn put(&self, buffer: Vec<u8>) {
+        let mut spare = lock(&self.0);
+        if spare.len() < SPARE {
+            spare.push(buffer);
+        }
+    }
+}
 
 /// What a listing is asked for.
 #[derive(Debug, Clone, Copy)]
@@ -45,8 +65,12 @@ impl Tree {
         } else {
             Some(self.directory(id)?)
         };
-        let open_flags = match self.rules.caching {
-            Caching::Always if !self.is_single() => fopen::CACHE_DIR | fopen::KEEP_CACHE,
+        let open_flags = match (self.rules.caching, &node) {
+            (Caching::Always, Some(_)) => fopen::CACHE_DIR | fopen::KEEP_CACHE,
+            (Caching::Auto, Some(node)) if node.unchanged(&sys::stat(&node.file)?) => {
+                fopen::CACHE_DIR | fopen::KEEP_CACHE
+            }
+            (Caching::Auto, Some(_)) => fopen::CACHE_DIR,
             _ => 0,
         };
         let mut stream = Stream::default();
@@ -77,8 +101,12 @@ impl Tree {
 
     /// Brings a directory to the host's disk.
     pub fn fsyncdir(&self, id: u64, fh: u64, data_only: bool) -> Result<()> {
-        let handle = self.handles.dir(fh, id)?;
-        match &handle.node {
+        let node = if fh == 0 {
+            Some(self.directory(id)?)
+        } else {
+            self.handles.dir(fh, id)?.node.clone()
+        };
+        match &node {
             Some(node) if data_only => rustix::fs::fdatasync(&node.file),
             Some(node) => rustix::fs::fsync(&node.file),
             None => Ok(()),
@@ -87,7 +115,7 @@ impl Tree {
 
     /// Lists a directory into the front of `into`; returns how many bytes that took.
     pub fn readdir(&self, id: u64, fh: u64, wanted: Wanted, into: &mut Segments) -> Result<usize> {
-        let handle = self.handles.dir(fh, id)?;
+        let handle = self.listing(id, fh, wanted.offset)?;
         let mut stream = lock(&handle.stream);
         let mut reply = std::mem::take(&mut stream.reply);
         reply.clear();
@@ -99,7 +127,36 @@ impl Tree {
         let result = result.and_then(|()| into.write_all(&reply).map_err(|_| Errno::IO));
         let len = reply.len();
         stream.reply = reply;
+        drop(stream);
+        // A guest that does not open does not say either when it is done.
+        if fh == 0 && (len == 0 || result.is_err()) {
+            self.listings.remove(&handle);
+        }
         result.map(|()| len)
+    }
+
+    /// The listing of an open directory. Handle zero is that of a guest that does not open: it
+    /// goes on where an earlier request has ended, or begins.
+    fn listing(&self, id: u64, fh: u64, offset: u64) -> Result<Arc<DirHandle>> {
+        if fh != 0 {
+            return self.handles.dir(fh, id);
+        }
+        if let Some(found) = self.listings.find(id, offset) {
+            return Ok(found);
+        }
+        let node = self.directory(id)?;
+        let file = self.open_stream(&node)?;
+        let stream = Stream {
+            file: Some(file),
+            ..Stream::default()
+        };
+        let handle = Arc::new(DirHandle {
+            id,
+            node: Some(node),
+            stream: Mutex::new(stream),
+        });
+        self.listings.add(Arc::clone(&handle));
+        Ok(handle)
     }
 
     fn list(
@@ -155,10 +212,13 @@ impl Tree {
                     return Err(Errno::BADF);
                 };
                 // The end is only the end when the kernel says so again: entries may be added.
-                stream.buffer.resize(READ_AHEAD, 0);
+                if stream.buffer.is_empty() {
+                    stream.buffer = self.buffers.take();
+                }
                 stream.at = 0;
                 stream.filled = sys::read_dir(file, &mut stream.buffer)?;
                 if stream.filled == 0 {
+                    self.buffers.put(std::mem::take(&mut stream.buffer));
                     return Ok(());
                 }
                 continue;
@@ -320,6 +380,6 @@ fn seek(stream: &mut Stream, offset: u64) -> Result<()> {
     Ok(())
 }
 
-fn lock(stream: &Mutex<Stream>) -> MutexGuard<'_, Stream> {
-    stream.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -123,10 +123,12 @@ impl Tree {
 
     /// The reply that says that a name does not exist, and how long that holds.
     pub fn absent(&self) -> Option<EntryOut> {
-        if self.timeout().is_zero() {
-            return None;
-        }
-        Some(self.entry(0, Attr::default()))
+        let timeout = self.absence();
+        (!timeout.is_zero()).then(|| EntryOut {
+            entry_valid: timeout.as_secs(),
+            entry_valid_nsec: timeout.subsec_nanos(),
+            ..EntryOut::default()
+        })
     }
 
     /// The file that bears the name of a single-file mount at this moment.

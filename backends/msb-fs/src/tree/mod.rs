@@ -15,16 +15,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+pub use self::data::Progress;
+use self::dir::Buffers;
 pub use self::dir::Wanted;
 use self::overlay::Overlay;
 pub use self::overlay::{KEY, Override, Ownership, StatVirt};
-use self::table::{Access, Found, HandleTable, Node, NodeTable};
+use self::table::{Access, Found, HandleTable, Listings, Node, NodeTable};
 use crate::sys;
 use crate::wire::abi::ROOT_ID;
 
@@ -75,6 +78,8 @@ pub struct Rules {
     pub ownership: Ownership,
     /// What the guest may remember.
     pub caching: Caching,
+    /// Nobody but this guest changes what is served.
+    pub exclusive: bool,
     /// The guest collects writes in its page cache.
     pub writeback: bool,
     /// Mount points below the root are announced to the guest.
@@ -128,8 +133,16 @@ pub(crate) struct Single {
 pub struct Tree {
     nodes: NodeTable,
     handles: HandleTable,
+    listings: Listings,
+    buffers: Buffers,
     overlay: Overlay,
     rules: Rules,
+    /// The guest reads and writes without opening.
+    unopened: AtomicBool,
+    /// The host file system only reads as long as it takes.
+    reads_wait: AtomicBool,
+    /// Times of change are finer than a tick of the clock.
+    fine_times: bool,
     single: Option<Single>,
 }
 
@@ -195,9 +208,15 @@ impl Tree {
                 Some(Single { parent, name })
             }
         };
+        let fine_times = sys::has_fine_times(&file);
         Ok(Self {
             nodes: NodeTable::new(&stat, file, access, budget()),
             handles: HandleTable::default(),
+            listings: Listings::default(),
+            buffers: Buffers::default(),
+            unopened: AtomicBool::new(false),
+            reads_wait: AtomicBool::new(false),
+            fine_times,
             overlay,
             rules,
             single,
@@ -259,6 +278,41 @@ impl Tree {
         }
     }
 
+    /// How long the guest may trust that a name does not exist. Whoever lets others change the
+    /// files wants to see new ones.
+    pub fn absence(&self) -> Duration {
+        if self.rules.exclusive {
+            self.timeout()
+        } else {
+            self.timeout().min(Duration::from_secs(1))
+        }
+    }
+
+    /// Whether the guest may do without opening files: nothing tells then that the host has changed
+    /// one, so only where nobody does.
+    pub fn may_go_unopened(&self) -> bool {
+        self.rules.exclusive && self.caches_data() && !self.rules.locks
+    }
+
+    /// Whether the guest may do without opening directories. It knows by their time of change
+    /// whether its listings are up to date, which must be finer than a tick of the clock.
+    pub fn may_list_unopened(&self) -> bool {
+        self.caches_data() && (self.rules.exclusive || self.fine_times)
+    }
+
+    fn caches_data(&self) -> bool {
+        !self.is_single() && matches!(self.rules.caching, Caching::Auto | Caching::Always)
+    }
+
+    /// Says whether the guest reads and writes without opening.
+    pub fn go_unopened(&self, on: bool) {
+        self.unopened.store(on, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_unopened(&self) -> bool {
+        self.unopened.load(Ordering::Relaxed)
+    }
+
     /// Takes back `count` lookups of a node.
     pub fn forget(&self, id: u64, count: u64) {
         self.nodes.forget(id, count);
@@ -267,6 +321,7 @@ impl Tree {
     /// Forgets all that the guest has looked up and opened.
     pub fn reset(&self) {
         self.handles.clear();
+        self.listings.clear();
         self.nodes.clear();
     }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 
 use super::node::Node;
-use super::slab::Slab;
+use super::slab::{Slab, lock};
 use crate::tree::Result;
 
 /// An open file.
@@ -49,6 +49,52 @@ pub(crate) struct DirHandle {
     /// `None` for the root of a single-file mount.
     pub(crate) node: Option<Arc<Node>>,
     pub(crate) stream: Mutex<Stream>,
+}
+
+/// Listings of directories that the guest has not opened, the one that was used last at the end.
+#[derive(Default)]
+pub(crate) struct Listings(Mutex<Vec<Arc<DirHandle>>>);
+
+/// How many listings are kept; who has more at a time begins anew in the middle.
+const LISTINGS: usize = 32;
+
+impl Listings {
+    /// The listing of node `id` that stands at `position`, or one of it that nobody uses.
+    pub(crate) fn find(&self, id: u64, position: u64) -> Option<Arc<DirHandle>> {
+        let mut list = lock(&self.0);
+        let stands = |handle: &Arc<DirHandle>| {
+            let stream = handle.stream.try_lock();
+            stream.is_ok_and(|stream| stream.position == position)
+        };
+        let mine = || list.iter().enumerate().filter(|(_, one)| one.id == id);
+        let exact = mine().find(|(_, one)| stands(one));
+        let idle = || mine().find(|(_, one)| Arc::strong_count(one) == 1);
+        let at = exact.or_else(idle)?.0;
+        let found = list.remove(at);
+        list.push(Arc::clone(&found));
+        Some(found)
+    }
+
+    pub(crate) fn add(&self, handle: Arc<DirHandle>) {
+        let mut list = lock(&self.0);
+        let oldest = (list.len() >= LISTINGS).then(|| list.remove(0));
+        list.push(handle);
+        drop(list);
+        drop(oldest);
+    }
+
+    /// Ends a listing.
+    pub(crate) fn remove(&self, handle: &Arc<DirHandle>) {
+        let mut list = lock(&self.0);
+        let at = list.iter().position(|one| Arc::ptr_eq(one, handle));
+        let gone = at.map(|at| list.remove(at));
+        drop(list);
+        drop(gone);
+    }
+
+    pub(crate) fn clear(&self) {
+        lock(&self.0).clear();
+    }
 }
 
 #[derive(Clone)]

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use hashbrown::{DefaultHashBuilder, HashTable};
 use rustix::io::Errno;
 
-pub(crate) use self::handle::{DirHandle, FileHandle, HandleTable, Stream};
+pub(crate) use self::handle::{DirHandle, FileHandle, HandleTable, Listings, Stream};
 pub(crate) use self::node::{Access, Cold, Facts, Key, Node, Place, is_grown, is_settled, key};
 use self::slab::{Slab, lock};
 use super::Result;

@@ -2,8 +2,8 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
@@ -180,6 +180,8 @@ pub(crate) struct Node {
     pub(crate) readable: bool,
     /// Whether `file` can be written as well.
     pub(crate) writable: bool,
+    /// A descriptor for writing, where `file` is none and the guest writes without opening.
+    writer: OnceLock<OwnedFd>,
     used: AtomicBool,
     facts: Mutex<Facts>,
 }
@@ -197,6 +199,7 @@ impl Node {
             kind: stat.kind(),
             readable: access != Access::Path,
             writable: access == Access::ReadWrite,
+            writer: OnceLock::new(),
             used: AtomicBool::new(true),
             facts: Mutex::new(facts),
         }
@@ -204,6 +207,19 @@ impl Node {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// A descriptor that can be written, if there is one.
+    pub(crate) fn writer(&self) -> Option<BorrowedFd<'_>> {
+        match self.writable {
+            true => Some(self.fd()),
+            false => self.writer.get().map(AsFd::as_fd),
+        }
+    }
+
+    /// Keeps a descriptor for writing, unless there is one already.
+    pub(crate) fn set_writer(&self, file: OwnedFd) {
+        self.writer.set(file).ok();
     }
 
     /// Calls `with` on what is remembered.
