@@ -15,8 +15,9 @@ BINARIES := msb msb-fs msb-blk
 
 export MSB_KERNEL ?= $(GUEST)/kernel
 export MSB_BUSYBOX ?= $(GUEST)/busybox
+export MSB_TOOLS ?= $(TARGET)/tools
 
-.PHONY: help setup build demo test lint bench install clean
+.PHONY: help setup tools build demo test lint bench install clean
 
 help:
 	@echo 'make demo      build, boot a sandbox with every kind of volume, show what it sees'
@@ -28,6 +29,12 @@ help:
 
 setup:
 	@tests/setup.sh '$(GUEST)'
+
+# Test suites of others that judge the file server. An installed version is not built again.
+tools:
+	@[ -x '$(MSB_TOOLS)/bin/fsx' ] || echo '  building pjdfstest and fsx (the first time takes a minute or two)'
+	@cargo install -q --locked --root '$(MSB_TOOLS)' pjdfstest@0.2.2 fsx@0.3.2 2>/dev/null || \
+		cargo install --locked --root '$(MSB_TOOLS)' pjdfstest@0.2.2 fsx@0.3.2
 
 # The agent is PID 1 in the guest, where there is no dynamic loader: only its last step is linked
 # statically, so that it shares its dependencies with the rest of the build.
@@ -44,7 +51,7 @@ demo: build
 	@MSB_BIN_DIR='$(TARGET)/release' tests/demo.sh
 
 # The tests find the programs under test in MSB_BIN_DIR.
-test: setup
+test: setup tools
 	@echo '== lint'
 	@$(MAKE) --no-print-directory lint
 	@echo '== build'

@@ -1,3 +1,7 @@
 //! The file server as a file system of the host's kernel: no VM, real programs.
 
 mod bridge;
+mod content;
+
+mod posix;
+mod tools;
