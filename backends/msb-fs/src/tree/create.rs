@@ -327,12 +327,16 @@ impl Tree {
             rdev: 0,
             lists: None,
         };
-        let made = self.make_file(from, old, &whiteout);
-        if made.is_err() {
-            let back = RenameFlags::NOREPLACE;
-            rustix::fs::renameat_with(&to.file, new, &from.file, old, back).ok();
+        match self.make_file(from, old, &whiteout) {
+            Ok(_) => Ok(()),
+            // Both names are links of one file: there was nothing to do.
+            Err(Errno::EXIST) => Ok(()),
+            Err(error) => {
+                let back = RenameFlags::NOREPLACE;
+                rustix::fs::renameat_with(&to.file, new, &from.file, old, back).ok();
+                Err(error)
+            }
         }
-        made.map(drop)
     }
 
     /// The group that new entries of `parent` get, when it hands its own down.

@@ -1,0 +1,38 @@
+//! Replays what fuzzing once broke, and a little more that it might.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod fuzzing;
+
+use std::fs;
+use std::path::Path;
+
+fn repeat(folder: &str, target: fn(&[u8])) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions");
+    for entry in fs::read_dir(root.join(folder)).unwrap() {
+        target(&fs::read(entry.unwrap().path()).unwrap());
+    }
+    // Numbers that look random and are the same on every run.
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    for round in 0..150 {
+        let data: Vec<u8> = (0..round * 5)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state.to_le_bytes()[3]
+            })
+            .collect();
+        target(&data);
+    }
+}
+
+#[test]
+fn hostile_bytes_do_no_harm() {
+    repeat("wire", fuzzing::wire);
+}
+
+#[test]
+fn operations_do_what_the_model_does() {
+    repeat("sequence", fuzzing::sequence);
+}
