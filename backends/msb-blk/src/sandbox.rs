@@ -37,7 +37,7 @@ const READING: &[Call] = &[
     Call::any(libc::SYS_pread64),
     Call::any(libc::SYS_preadv),
     Call::any(libc::SYS_preadv2),
-    // The rings were made before the filter, and take reads only.
+    // The rings were made before the filter, and take reads and, if the disk is writable, writes.
     Call::any(libc::SYS_io_uring_enter),
     Call::any(libc::SYS_flock),
     Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_SETLK as u64)),

@@ -1,4 +1,4 @@
-//! The io_uring of a queue: the one place where the kernel gets addresses to fill later.
+//! The io_uring of a queue: the one place where the kernel gets addresses to use later.
 
 #![allow(unsafe_code)]
 
@@ -9,51 +9,66 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, types};
 use msb_vhost::Segments;
 
-/// The spans of one read, at an address that does not change until it is submitted.
+/// Which way the bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the file into the segments.
+    Read,
+    /// From the segments into the file.
+    Write,
+}
+
+/// The spans of one transfer, at an address that does not change until it is submitted.
 struct Spans(Box<[libc::iovec]>);
 
 // SAFETY: the addresses are never dereferenced here, only handed to the kernel; the memory behind
 // them is kept by the `Segments` next to them, which are `Send` themselves.
 unsafe impl Send for Spans {}
 
-struct Read<T> {
+struct Transfer<T> {
     segments: Segments,
     spans: Spans,
     tag: T,
 }
 
-/// Reads of one queue that finish later. Each comes with a tag of the caller's.
+/// Transfers of one queue that finish later. Each comes with a tag of the caller's.
 pub(crate) struct Ring<T> {
     ring: IoUring,
-    reads: Vec<Option<Read<T>>>,
+    transfers: Vec<Option<Transfer<T>>>,
     free: Vec<usize>,
     unsubmitted: bool,
 }
 
 impl<T> Ring<T> {
-    /// Makes a ring for `entries` reads at a time that makes `event` readable when one finishes.
-    pub(crate) fn new(entries: u16, event: BorrowedFd<'_>) -> io::Result<Self> {
+    /// Makes a ring for `entries` transfers at a time that makes `event` readable when one
+    /// finishes. It takes writes only if `writable`.
+    pub(crate) fn new(entries: u16, event: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
         let ring = IoUring::builder()
             .setup_r_disabled()
             .build(u32::from(entries).max(1))?;
         let submitter = ring.submitter();
         submitter.register_eventfd(event.as_raw_fd())?;
         // A ring is no way around the system call filter: it can do nothing but this.
-        submitter.register_restrictions(&mut [Restriction::sqe_op(opcode::Readv::CODE)])?;
+        let mut allowed = vec![Restriction::sqe_op(opcode::Readv::CODE)];
+        if writable {
+            allowed.push(Restriction::sqe_op(opcode::Writev::CODE));
+        }
+        submitter.register_restrictions(&mut allowed)?;
         submitter.register_enable_rings()?;
         let count = usize::from(entries.max(1));
         Ok(Self {
             ring,
-            reads: (0..count).map(|_| None).collect(),
+            transfers: (0..count).map(|_| None).collect(),
             free: (0..count).collect(),
             unsubmitted: false,
         })
     }
 
-    /// Queues a read that fills all of `segments` from `file` at `offset`; the file must stay open
-    /// until the next [`Ring::submit`]. Returns the tag when there is no room.
-    pub(crate) fn read(
+    /// Queues a transfer of all of `segments` from or to `file` at `offset`; the file must stay
+    /// open until the next [`Ring::submit`]. Returns the tag when there is no room.
+    pub(crate) fn start(
         &mut self,
+        direction: Direction,
         file: BorrowedFd<'_>,
         segments: Segments,
         offset: u64,
@@ -66,19 +81,25 @@ impl<T> Ring<T> {
         let count = u32::try_from(spans.0.len())
             .unwrap_or(u32::MAX)
             .min(libc::UIO_MAXIOV as u32);
-        let entry = opcode::Readv::new(types::Fd(file.as_raw_fd()), spans.0.as_ptr(), count)
-            .offset(offset)
-            .build()
-            .user_data(slot as u64);
-        // SAFETY: the spans and the segments they point into are stored below in `reads` and stay
-        // there, unmoved on the heap, until the completion is taken; `drop` waits for all of them.
+        let (file, first) = (types::Fd(file.as_raw_fd()), spans.0.as_ptr());
+        let entry = match direction {
+            Direction::Read => opcode::Readv::new(file, first, count)
+                .offset(offset)
+                .build(),
+            Direction::Write => opcode::Writev::new(file, first, count)
+                .offset(offset)
+                .build(),
+        };
+        let entry = entry.user_data(slot as u64);
+        // SAFETY: the spans and the segments they point into are stored below in `transfers` and
+        // stay there, unmoved on the heap, until the completion is taken; `drop` waits for them.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         if pushed.is_err() {
             self.free.push(slot);
             return Err(tag);
         }
-        if let Some(place) = self.reads.get_mut(slot) {
-            *place = Some(Read {
+        if let Some(place) = self.transfers.get_mut(slot) {
+            *place = Some(Transfer {
                 segments,
                 spans,
                 tag,
@@ -105,21 +126,21 @@ impl<T> Ring<T> {
         }
     }
 
-    /// Takes the finished reads: tag, the segments that were to be filled, and how many bytes were.
+    /// Takes what has finished: tag, the segments that were to be moved, and how many bytes were.
     pub(crate) fn finished(&mut self) -> Vec<(T, Segments, io::Result<usize>)> {
         let mut finished = Vec::new();
         for completion in self.ring.completion() {
             let Ok(slot) = usize::try_from(completion.user_data()) else {
                 continue;
             };
-            let Some(read) = self.reads.get_mut(slot).and_then(Option::take) else {
+            let Some(transfer) = self.transfers.get_mut(slot).and_then(Option::take) else {
                 continue;
             };
             self.free.push(slot);
             let result = usize::try_from(completion.result())
                 .map_err(|_| io::Error::from_raw_os_error(completion.result().wrapping_neg()));
-            drop(read.spans);
-            finished.push((read.tag, read.segments, result));
+            drop(transfer.spans);
+            finished.push((transfer.tag, transfer.segments, result));
         }
         finished
     }
@@ -127,10 +148,10 @@ impl<T> Ring<T> {
 
 impl<T> Drop for Ring<T> {
     fn drop(&mut self) {
-        // The kernel must not fill memory that is gone.
-        while self.reads.iter().any(Option::is_some) {
+        // The kernel must not use memory that is gone.
+        while self.transfers.iter().any(Option::is_some) {
             if self.ring.submit_and_wait(1).is_err() {
-                return std::mem::forget(std::mem::take(&mut self.reads));
+                return std::mem::forget(std::mem::take(&mut self.transfers));
             }
             drop(self.finished());
         }

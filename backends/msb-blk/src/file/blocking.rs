@@ -101,6 +101,20 @@ impl BlockingFile {
         self.direct.as_ref().unwrap_or(&self.file).as_fd()
     }
 
+    /// Moves guest data past the page cache if that is wanted and its memory is aligned, else
+    /// through it: the kernel keeps both ways coherent.
+    fn by_data_fd(
+        &self,
+        mut transfer: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        match transfer(self.data_fd()) {
+            Err(e) if self.direct.is_some() && e.raw_os_error() == Some(libc::EINVAL) => {
+                transfer(self.file.as_fd())
+            }
+            result => result,
+        }
+    }
+
     fn flags(&self, durability: Durability) -> ReadWriteFlags {
         if durability == Durability::Now && self.durable {
             ReadWriteFlags::DSYNC
@@ -188,7 +202,7 @@ impl HostFile for BlockingFile {
             flags = libc::RWF_NOWAIT;
         }
         while len > 0 {
-            match to.pread(self.data_fd(), len, offset, flags) {
+            match self.by_data_fd(|fd| to.pread(fd, len, offset, flags)) {
                 Ok(0) => {
                     to.fill(0, len);
                     return Ok(());
@@ -221,7 +235,7 @@ impl HostFile for BlockingFile {
             libc::RWF_DSYNC
         };
         while len > 0 {
-            match from.pwrite(self.data_fd(), len, offset, flags) {
+            match self.by_data_fd(|fd| from.pwrite(fd, len, offset, flags)) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => {
                     offset += n as u64;
@@ -272,6 +286,10 @@ impl HostFile for BlockingFile {
             rustix::fs::fdatasync(&self.file)?;
         }
         Ok(())
+    }
+
+    fn avoids_cache(&self) -> bool {
+        self.direct.is_some()
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -108,6 +108,11 @@ pub trait HostFile: Send + Sync {
     /// What the host reports.
     fn sync(&self) -> io::Result<()>;
 
-    /// The descriptor for reads that finish later through io_uring, when there is one.
+    /// Whether guest data goes past the page cache.
+    fn avoids_cache(&self) -> bool {
+        false
+    }
+
+    /// The descriptor for reads and writes that finish later through io_uring, when there is one.
     fn descriptor(&self) -> Option<BorrowedFd<'_>>;
 }

@@ -17,6 +17,7 @@ pub mod qcow2;
 pub mod vmdk;
 
 pub use beside::{References, is_plain_name};
+pub use gate::Inside;
 pub use open::{Format, OpenError, OpenOptions, open};
 pub use raw::Raw;
 
@@ -76,6 +77,18 @@ pub struct Extent<'a> {
     pub place: Place<'a>,
     /// Length in bytes, at least 1.
     pub len: u64,
+}
+
+/// Where a write may go without a change of the mapping.
+pub struct InPlace<'a> {
+    /// The file.
+    pub file: &'a dyn HostFile,
+    /// Offset in it.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+    /// To be kept until the bytes are written.
+    pub inside: Option<Inside>,
 }
 
 /// An open image of any format.
@@ -232,6 +245,30 @@ impl Image {
             Self::Raw(raw) => raw.write(from, offset, len),
             Self::Qcow2(qcow2) => qcow2.write(from, offset, len),
             Self::Vmdk(vmdk) => vmdk.write(from, offset, len),
+        }
+    }
+
+    /// Where the first bytes of a write of `len` bytes at `offset` go, for who writes them himself:
+    /// `None` when only [`Image::write`] can, because the mapping has to change.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`].
+    pub fn in_place(&self, offset: u64, len: u64) -> Result<Option<InPlace<'_>>, ImageError> {
+        check_range(offset, len, self.size())?;
+        match self {
+            Self::Raw(raw) => raw.in_place(offset, len).map(Some),
+            Self::Qcow2(qcow2) => qcow2.in_place_for_later(offset, len),
+            Self::Vmdk(_) => Ok(None),
+        }
+    }
+
+    /// Whether guest data goes past the page cache, so that every transfer waits for the disk.
+    pub fn avoids_cache(&self) -> bool {
+        match self {
+            Self::Raw(raw) => raw.avoids_cache(),
+            Self::Qcow2(qcow2) => qcow2.avoids_cache(),
+            Self::Vmdk(_) => false,
         }
     }
 

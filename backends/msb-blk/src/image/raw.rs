@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use msb_vhost::Segments;
 
-use super::{Extent, ImageError, Place, len_of};
+use super::{Extent, ImageError, InPlace, Place, len_of};
 use crate::file::{Durability, Emptying, HostFile};
 
 /// A raw disk.
@@ -46,6 +46,20 @@ impl Raw {
         Ok(self
             .file
             .write_from(from, len_of(len), offset, Durability::Later)?)
+    }
+
+    pub(super) fn in_place(&self, offset: u64, len: u64) -> Result<InPlace<'_>, ImageError> {
+        self.writable()?;
+        Ok(InPlace {
+            file: self.file.as_ref(),
+            offset,
+            len,
+            inside: None,
+        })
+    }
+
+    pub(super) fn avoids_cache(&self) -> bool {
+        self.file.avoids_cache()
     }
 
     pub(super) fn empty(&self, offset: u64, len: u64, how: Emptying) -> Result<(), ImageError> {

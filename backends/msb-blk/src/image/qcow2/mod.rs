@@ -27,7 +27,7 @@ use self::alloc::{Metadata, Run, Space};
 use self::entry::{COPIED, Entry, Mapping, OFFSET, SUBCLUSTERS, packed};
 use self::table::Tables;
 use super::gate::Gate;
-use super::{Extent, Image, ImageError, Place};
+use super::{Extent, Image, ImageError, InPlace, Place};
 use crate::file::{Durability, HostFile};
 
 /// Clusters that share an allocation lock, and the number of locks.
@@ -53,7 +53,7 @@ pub struct Qcow2 {
     l1_lock: Mutex<()>,
     /// Serialises changes of the mapping of a group of clusters.
     groups: Vec<Mutex<()>>,
-    gate: Gate,
+    gate: Arc<Gate>,
     inflated: Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>,
     corrupt: AtomicBool,
 }
@@ -90,7 +90,7 @@ impl Qcow2 {
             space: Mutex::new(space),
             l1_lock: Mutex::new(()),
             groups: (0..GROUP_LOCKS).map(|_| Mutex::new(())).collect(),
-            gate: Gate::default(),
+            gate: Arc::default(),
             inflated: Mutex::default(),
             corrupt: AtomicBool::new(header.corrupt),
             header,
@@ -196,12 +196,22 @@ impl Qcow2 {
     /// What lies at `offset`, where on the host, and how far that goes within its cluster or, when
     /// subclusters differ, its subcluster.
     fn lookup(&self, offset: u64, len: u64) -> Result<(Mapping, u64, u64), ImageError> {
+        let entry = self.tables.entry(offset >> self.header.cluster_bits)?;
+        self.lookup_in(entry, offset, len)
+    }
+
+    /// The same, with the entry of the cluster at `offset`.
+    fn lookup_in(
+        &self,
+        entry: Entry,
+        offset: u64,
+        len: u64,
+    ) -> Result<(Mapping, u64, u64), ImageError> {
         let cluster_size = self.cluster_size();
         let (cluster, within) = (
             offset >> self.header.cluster_bits,
             offset & (cluster_size - 1),
         );
-        let entry = self.tables.entry(cluster)?;
         let (mapping, unit) = match self.mapping_at(entry, within) {
             Some(found) => found,
             // A writer may have been between the two words of the entry.
@@ -234,6 +244,10 @@ impl Qcow2 {
             entry.mapping(self.header.version == 3, self.header.external_data),
             cluster_size,
         ))
+    }
+
+    pub(super) fn avoids_cache(&self) -> bool {
+        self.data.avoids_cache()
     }
 
     pub(super) fn unpack(&self, buf: &mut [u8], offset: u64) -> Result<(), ImageError> {

@@ -69,10 +69,11 @@ impl Qcow2 {
         let mut found = 0;
         while found < len {
             let cluster = (offset + found) >> self.header.cluster_bits;
-            if !self.tables.entry(cluster)?.is_copied() {
+            let entry = self.tables.entry(cluster)?;
+            if !entry.is_copied() {
                 break;
             }
-            let (mapping, next, more) = self.lookup(offset + found, len - found)?;
+            let (mapping, next, more) = self.lookup_in(entry, offset + found, len - found)?;
             if mapping != Mapping::Data || (found > 0 && next != host + found) {
                 break;
             }
@@ -80,6 +81,27 @@ impl Qcow2 {
             found += more;
         }
         Ok((host, found))
+    }
+
+    /// Where the first bytes of a write can go without a change of the mapping.
+    pub(in crate::image) fn in_place_for_later(
+        &self,
+        offset: u64,
+        len: u64,
+    ) -> Result<Option<InPlace<'_>>, ImageError> {
+        self.writable()?;
+        let inside = self.gate.enter_for_later();
+        let (host, found) = self.in_place(offset, len)?;
+        if found == 0 {
+            return Ok(None);
+        }
+        self.note_corruption(self.check_data(host, found))?;
+        Ok(Some(InPlace {
+            file: self.data.as_ref(),
+            offset: host,
+            len: found,
+            inside: Some(inside),
+        }))
     }
 
     /// Refuses to write guest data over metadata.

@@ -1,20 +1,21 @@
 //! The virtio-blk device (virtio 1.3 §5.2): requests in, image operations out.
 
+mod transfer;
+
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use msb_vhost::{ConfigError, Device, QueueLimits, Request, Segments};
-use rustix::event::{EventfdFlags, eventfd};
+use msb_vhost::{ConfigError, Device, QueueLimits, Request};
 
+use self::transfer::{Lane, Pending, Transfer};
 use crate::commit::{Committer, Job};
-use crate::file::{Emptying, Wait};
-use crate::image::{Image, ImageError, Place};
+use crate::file::Emptying;
+use crate::image::{Image, ImageError};
 use crate::request::{
     ID_LEN, Limits, MAX_RANGE_SECTORS, MAX_RANGES, Operation, Range, SECTOR, Status, parse,
 };
-use crate::sys::Ring;
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
@@ -44,46 +45,8 @@ pub struct DeviceConfig {
     pub read_only: bool,
 }
 
-/// A request that was taken apart.
-struct Pending {
-    /// Of its writable part only the status byte is left.
-    request: Request,
-}
-
-impl Pending {
-    /// `None` when there is no room even for the status byte.
-    fn new(mut request: Request) -> Option<(Self, Segments)> {
-        let room = request.writable.len().checked_sub(1)?;
-        let data = request.writable.split_to(room);
-        Some((Self { request }, data))
-    }
-
-    /// Answers; `room` bytes of data came before the status byte.
-    fn finish(mut self, room: usize, status: Status) {
-        let written = u32::try_from(room).unwrap_or(u32::MAX).saturating_add(1);
-        if self.request.writable.write_all(&[status as u8]).is_ok() {
-            self.request.complete(written);
-        }
-    }
-}
-
 /// A request on the commit thread, with the room for data before its status byte.
 type Waiting = (Pending, usize);
-
-/// A read that goes on when the ring has filled its next piece.
-struct OpenRead {
-    pending: Pending,
-    data: Segments,
-    room: usize,
-    offset: u64,
-}
-
-struct Queue {
-    event: OwnedFd,
-    ring: Option<Mutex<Ring<OpenRead>>>,
-    /// Whether somebody waits for `event`; until then reads are carried out at once.
-    is_watched: AtomicBool,
-}
 
 /// A virtio-blk device over an image.
 pub struct BlkDevice {
@@ -93,7 +56,7 @@ pub struct BlkDevice {
     writeback: AtomicBool,
     /// Whether the driver flushes; if not, every write is made durable by itself.
     driver_flushes: AtomicBool,
-    queues: Vec<Queue>,
+    lanes: Vec<Lane>,
     committer: Committer<Waiting>,
 }
 
@@ -104,19 +67,9 @@ impl BlkDevice {
     ///
     /// When the host has no descriptors left.
     pub fn new(image: Arc<Image>, config: DeviceConfig) -> io::Result<Self> {
-        let mut queues = Vec::new();
-        for _ in 0..config.queues {
-            let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-            let ring = Ring::new(config.queue_size, event.as_fd())
-                .inspect_err(|error| tracing::warn!(%error, "no io_uring: reads wait in line"))
-                .ok()
-                .map(Mutex::new);
-            queues.push(Queue {
-                event,
-                ring,
-                is_watched: AtomicBool::new(false),
-            });
-        }
+        let lanes = (0..config.queues)
+            .map(|_| Lane::new(config.queue_size, !config.read_only))
+            .collect::<io::Result<_>>()?;
         let committer = Committer::new(Arc::clone(&image), |(pending, room): Waiting, is_ok| {
             pending.finish(room, if is_ok { Status::Ok } else { Status::IoError });
         });
@@ -131,63 +84,9 @@ impl BlkDevice {
             limits,
             writeback: AtomicBool::new(true),
             driver_flushes: AtomicBool::new(true),
-            queues,
+            lanes,
             committer,
         })
-    }
-
-    /// Reads without waiting as far as that goes, the next piece through the ring.
-    fn read(&self, queue: u16, mut read: OpenRead) {
-        let before = read.data.len() as u64;
-        let result = self
-            .image
-            .read(&mut read.data, read.offset, before, Wait::Never);
-        read.offset += before - read.data.len() as u64;
-        let result = match result {
-            Err(e) if e.would_block() => {
-                let Some(back) = self.read_later(queue, read) else {
-                    return;
-                };
-                read = back;
-                let left = read.data.len() as u64;
-                self.image
-                    .read(&mut read.data, read.offset, left, Wait::Allowed)
-            }
-            result => result,
-        };
-        read.pending.finish(read.room, status_of(result));
-    }
-
-    /// Queues the next piece of a read on the ring; gives it back if that cannot be done.
-    fn read_later(&self, queue: u16, read: OpenRead) -> Option<OpenRead> {
-        let watched = self
-            .queue(queue)
-            .filter(|queue| queue.is_watched.load(Ordering::Relaxed));
-        let Some(ring) = watched.and_then(|queue| queue.ring.as_ref()) else {
-            return Some(read);
-        };
-        let Ok(extent) = self.image.locate(read.offset, read.data.len() as u64) else {
-            return Some(read);
-        };
-        let Place::File(file, at) = extent.place else {
-            return Some(read);
-        };
-        let Some(file) = file.descriptor() else {
-            return Some(read);
-        };
-        let len = usize::try_from(extent.len).unwrap_or(usize::MAX);
-        let piece = read.data.clone().split_to(len);
-        lock(ring).read(file, piece, at, read).err()
-    }
-
-    fn write(&self, mut pending: Pending, range: Range, room: usize) {
-        let data = &mut pending.request.readable;
-        let result = self.image.write(data, range.offset, range.len);
-        if result.is_ok() && !self.is_writeback() {
-            self.commit(Job::Flush((pending, room)));
-        } else {
-            pending.finish(room, status_of(result));
-        }
     }
 
     /// Empties small ranges at once and leaves large ones to the commit thread.
@@ -204,6 +103,11 @@ impl BlkDevice {
         ));
     }
 
+    /// Makes everything durable that was written so far, then answers.
+    fn flush(&self, pending: Pending, room: usize) {
+        self.commit(Job::Flush((pending, room)));
+    }
+
     fn commit(&self, job: Job<Waiting>) {
         if let Err(Job::Flush((pending, room)) | Job::Run(_, _, (pending, room))) =
             self.committer.submit(job)
@@ -212,8 +116,8 @@ impl BlkDevice {
         }
     }
 
-    fn queue(&self, queue: u16) -> Option<&Queue> {
-        self.queues.get(usize::from(queue))
+    fn lane(&self, queue: u16) -> Option<&Lane> {
+        self.lanes.get(usize::from(queue))
     }
 
     fn is_writeback(&self) -> bool {
@@ -293,21 +197,13 @@ impl Device for BlkDevice {
         let room = data.len();
         match parse(&mut pending.request.readable, room, &self.limits) {
             Ok(Operation::Read(range)) => {
-                self.read(
-                    queue,
-                    OpenRead {
-                        pending,
-                        data,
-                        room,
-                        offset: range.offset,
-                    },
-                );
+                self.read(queue, Transfer::read(pending, data, range.offset));
             }
             Ok(Operation::Write(range)) => {
-                self.write(pending, range, room);
+                self.write(queue, Transfer::write(pending, room, range.offset));
             }
             Ok(Operation::Flush) if self.config.read_only => pending.finish(room, Status::Ok),
-            Ok(Operation::Flush) => self.commit(Job::Flush((pending, room))),
+            Ok(Operation::Flush) => self.flush(pending, room),
             Ok(Operation::GetId) => {
                 let mut id = [0; ID_LEN];
                 for (to, from) in id.iter_mut().zip(self.config.serial.bytes()) {
@@ -331,45 +227,17 @@ impl Device for BlkDevice {
     }
 
     fn end_batch(&self, queue: u16) {
-        if let Some(ring) = self.queue(queue).and_then(|queue| queue.ring.as_ref())
-            && let Err(error) = lock(ring).submit()
-        {
-            tracing::error!(%error, "io_uring takes no reads");
+        if let Some(lane) = self.lane(queue) {
+            lane.submit();
         }
     }
 
     fn completion_fd(&self, queue: u16) -> Option<BorrowedFd<'_>> {
-        let queue = self.queue(queue)?;
-        queue.is_watched.store(true, Ordering::Relaxed);
-        Some(queue.event.as_fd())
+        self.lane(queue).map(Lane::watch)
     }
 
     fn reap(&self, queue: u16) {
-        let Some(state) = self.queue(queue) else {
-            return;
-        };
-        let _ = rustix::io::read(&state.event, &mut [0; 8]);
-        let Some(ring) = &state.ring else { return };
-        let reads = lock(ring).finished();
-        for (mut read, piece, result) in reads {
-            match result {
-                Ok(filled) => {
-                    // At the end of the file less than the piece is there; the rest is zero.
-                    let whole = if filled == 0 { piece.len() } else { filled };
-                    let mut part = read.data.split_to(whole);
-                    if filled == 0 {
-                        part.fill(0, whole);
-                    }
-                    read.offset += whole as u64;
-                    self.read(queue, read);
-                }
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {
-                    self.read(queue, read);
-                }
-                Err(e) => read.pending.finish(read.room, status_of(Err(e.into()))),
-            }
-        }
-        self.end_batch(queue);
+        self.go_on(queue);
     }
 
     fn reset(&self) {
@@ -399,8 +267,4 @@ fn status_of(result: Result<(), ImageError>) -> Status {
             Status::IoError
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
