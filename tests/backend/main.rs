@@ -2,6 +2,7 @@
 
 mod blk;
 mod conformance;
+mod disk;
 mod fs;
 mod hostile;
 mod transport;

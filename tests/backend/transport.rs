@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use msb_testkit::frontend::{
     DATA, EVENT_IDX, FrontEnd, PROTOCOL_FEATURES, Part, code, memory_table, pair, peek,
 };
@@ -187,12 +187,7 @@ struct Record {
 
 impl Record {
     fn ask(front: &mut FrontEnd) -> Result<Self> {
-        let mut ask = vec![0; 24];
-        ask[16] = 1;
-        ask[18..20].copy_from_slice(&SIZE.to_ne_bytes());
-        front.send(code::GET_INFLIGHT_FD, 0, &ask, &[])?;
-        let (_, body, fds) = front.receive()?;
-        let fd = fds.into_iter().next().context("no memory for the record")?;
+        let (fd, body) = front.inflight(1, SIZE)?;
         Ok(Self { fd, body })
     }
 

@@ -1,17 +1,21 @@
 //! Entry point of the msb-blk backend.
 
 use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use msb_blk::args::{Args, CAPABILITIES};
 use msb_blk::device::BlkDevice;
-use msb_blk::image::{OpenError, open};
+use msb_blk::image::{Image, OpenError, OpenOptions, open};
 use msb_blk::sandbox;
 use msb_vhost::jail::{self, JailError};
 use msb_vhost::{Endpoint, Options, ServeError};
+
+/// How long to wait for a lock that somebody else has.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why the process ends with something else than success; see `--help` for the exit status.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +64,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     let Some(path) = &args.blk_file else {
         return Ok(());
     };
-    let image = Arc::new(open(path, &args.open_options())?);
+    let image = Arc::new(open_patiently(path, &args.open_options())?);
     let endpoint = match (&args.socket_path, args.fd) {
         (Some(path), _) => Endpoint::bind(path)?,
         (None, fd) => Endpoint::from_fd(fd.unwrap_or(0))?,
@@ -82,6 +86,20 @@ fn run(args: &Args) -> Result<(), Failure> {
         tracing::error!("cannot close the image: {}", chain(&error));
     }
     Ok(served?)
+}
+
+/// Opens the image. The lock of a predecessor that was killed outlives it for as long as the kernel
+/// takes to end its transfers.
+fn open_patiently(path: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    let start = Instant::now();
+    loop {
+        match open(path, options) {
+            Err(OpenError::Locked { .. }) if start.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
 }
 
 fn chain(error: &dyn Error) -> String {
