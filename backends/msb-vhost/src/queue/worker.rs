@@ -21,7 +21,7 @@ use crate::sys::Spans;
 /// Requests taken, and given back, with one lock.
 const BATCH: usize = 16;
 /// Requests as large as this together are not kept aside: the driver could go on meanwhile.
-const BATCH_BYTES: u64 = 64 << 10;
+const BATCH_BYTES: u64 = 256 << 10;
 /// Requests after which the device submits what it has queued, and other events are looked at.
 const ROUND: usize = 8 * BATCH;
 /// How often the available index is read between two looks at the clock.
