@@ -1,5 +1,4 @@
-//! msb-blk under load: many requests at a time against a model of the disk, through deaths of the
-//! process and failures of the host.
+//! msb-blk under load against a model of the disk, through deaths and failures of the host.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use msb_testkit::frontend::{DATA, EVENT_IDX, FrontEnd, Part};
 use msb_testkit::msb::{binary, host};
+use tempfile::TempDir;
 
 const READ: u32 = 0;
 const WRITE: u32 = 1;
@@ -91,6 +91,8 @@ struct Load {
     front: FrontEnd,
     dice: Dice,
     model: Vec<u8>,
+    /// Sectors whose last write failed: they hold anything.
+    unknown: Vec<bool>,
     open: HashMap<(u16, u16), Open>,
     free: Vec<usize>,
     sent: u64,
@@ -103,6 +105,7 @@ impl Load {
             front,
             dice: Dice(seed),
             model: vec![0; SIZE],
+            unknown: vec![false; SIZE / 512],
             open: HashMap::new(),
             free: (0..DEPTH).collect(),
             sent: 0,
@@ -197,13 +200,39 @@ impl Load {
         let status = self.front.memory.read(header + 16, 1)[0];
         let bytes = self.front.memory.read(data, done.len);
         let model = &mut self.model[done.start..done.start + done.len];
+        let unknown = &mut self.unknown[done.start / 512..][..done.len / 512];
         match (done.kind, status) {
-            (READ, OK) => ensure!(bytes == model, "read at {} differs", done.start),
-            (WRITE, OK) => model.copy_from_slice(&bytes),
-            (_, IOERR) => self.failed += 1,
+            (READ, OK) => {
+                let sectors = bytes.chunks(512).zip(model.chunks(512));
+                let mut known = sectors.zip(unknown).filter(|(_, unknown)| !**unknown);
+                ensure!(
+                    known.all(|((read, expected), _)| read == expected),
+                    "read at {} differs",
+                    done.start
+                );
+            }
+            (WRITE, OK) => {
+                model.copy_from_slice(&bytes);
+                unknown.fill(false);
+            }
+            (WRITE, IOERR) => {
+                unknown.fill(true);
+                self.failed += 1;
+            }
+            (READ, IOERR) => self.failed += 1,
             _ => anyhow::bail!("status {status}"),
         }
         Ok(())
+    }
+
+    /// What the disk must hold, taking from `found` what may be anything.
+    fn expected(&self, found: &[u8]) -> Vec<u8> {
+        let mut expected = self.model.clone();
+        let sectors = expected.chunks_mut(512).zip(found.chunks(512));
+        for ((expected, found), _) in sectors.zip(&self.unknown).filter(|(_, unknown)| **unknown) {
+            expected.copy_from_slice(found);
+        }
+        expected
     }
 
     fn take_all(&mut self) -> Result<()> {
@@ -240,15 +269,17 @@ fn image(folder: &Path, format: &str, more: &[&str]) -> Result<PathBuf> {
 }
 
 /// qemu-img is the judge of what is in the image.
-fn judge(path: &Path, format: &str, model: &[u8]) -> Result<()> {
-    let (text, raw) = (path.display().to_string(), path.with_extension("judged"));
+fn judge(path: &Path, format: &str, load: &Load) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (text, raw) = (path.display().to_string(), folder.path().join("judged"));
     let raw_text = raw.display().to_string();
     host(
         "qemu-img",
         ["convert", "-f", format, "-O", "raw", &text, &raw_text],
     )?;
+    let found = std::fs::read(&raw)?;
     ensure!(
-        std::fs::read(&raw)? == model,
+        found == load.expected(&found),
         "{text} differs from the model"
     );
     if format == "qcow2" {
@@ -276,7 +307,7 @@ fn many_requests_at_a_time_in_every_cache_mode() -> Result<()> {
             let mut backend = Backend::start(folder.path(), &path, &["--cache", cache])?;
             let front = connected(folder.path()).context("no O_DIRECT here?")?;
             let mut load = Load::new(front, 0x9e37_79b9_7f4a_7c15);
-            for round in 0..150_u64 {
+            for round in 0..60_u64 {
                 // Every fourth round with memory that O_DIRECT does not take.
                 load.fill(if round % 4 == 3 {
                     4 + round
@@ -291,10 +322,9 @@ fn many_requests_at_a_time_in_every_cache_mode() -> Result<()> {
                 "{} failed",
                 load.failed
             );
-            let Load { front, model, .. } = load;
-            drop(front);
+            load.front.hang_up();
             ensure!(backend.0.wait()?.success(), "msb-blk failed");
-            judge(&path, format, &model).with_context(|| format!("{format} {cache}"))?;
+            judge(&path, format, &load).with_context(|| format!("{format} {cache}"))?;
         }
     }
     Ok(())
@@ -361,7 +391,108 @@ fn a_killed_backend_is_followed_by_the_next() -> Result<()> {
                 ["check", "-q", "-r", "leaks", "-f", "qcow2", &text],
             )?;
         }
-        judge(&path, format, &load.model).with_context(|| format!("{format} {cache}"))?;
+        judge(&path, format, &load).with_context(|| format!("{format} {cache}"))?;
     }
     Ok(())
+}
+
+/// A file system that is taken down when dropped.
+struct Mount(TempDir);
+
+impl Mount {
+    /// A tmpfs with these options; `None`, with the reason printed, where that is not allowed.
+    fn tmpfs(options: &str) -> Result<Option<Self>> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().display().to_string();
+        match host("mount", ["-t", "tmpfs", "-o", options, "tmpfs", &path]) {
+            Ok(_) => Ok(Some(Self(folder))),
+            Err(error) => {
+                println!("skipped: cannot mount a tmpfs with {options}: {error}");
+                Ok(None)
+            }
+        }
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        host("umount", ["-l".as_ref(), self.0.path().as_os_str()]).ok();
+    }
+}
+
+/// A disk on a host that has less room than the guest is told: writes fail, nothing is lost.
+fn outgrow(folder: &Path, format: &str) -> Result<()> {
+    let path = image(folder, format, &[])?;
+    // Quotas are for ordinary users, as whom the backend serves.
+    std::os::unix::fs::chown(&path, Some(65534), Some(65534))?;
+    let sockets = tempfile::tempdir()?;
+    let mut backend = Backend::start(sockets.path(), &path, &[])?;
+    let mut load = Load::new(connected(sockets.path())?, 0x0dd0_beef_0dd0_beef);
+    for round in 0..150_u64 {
+        load.fill(0)?;
+        load.take(u16::try_from(round % 2)?)?;
+    }
+    load.take_all()?;
+    ensure!(load.failed > 0, "the host was large enough");
+    ensure!(backend.0.try_wait()?.is_none(), "msb-blk has ended");
+    load.flush()?;
+    load.front.hang_up();
+    backend.0.wait()?;
+    judge(&path, format, &load)
+}
+
+#[test]
+fn a_host_without_room_costs_writes_and_nothing_else() -> Result<()> {
+    for options in ["size=6m", "usrquota,usrquota_block_hardlimit=6m"] {
+        for format in ["raw", "qcow2", "vmdk"] {
+            let Some(mount) = Mount::tmpfs(options)? else {
+                continue;
+            };
+            outgrow(mount.0.path(), format).with_context(|| format!("{options} {format}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_host_disk_that_fails_costs_requests_and_nothing_else() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = image(folder.path(), "raw", &[])?;
+    let text = path.display().to_string();
+    let device = match host("losetup", ["--find", "--show", &text]) {
+        Ok(device) => device.trim().to_owned(),
+        Err(error) => {
+            println!("skipped: no loop device: {error}");
+            return Ok(());
+        }
+    };
+    let result = (|| {
+        let cache = ["--cache", "none"];
+        let mut backend = Backend::start(folder.path(), Path::new(&device), &cache)?;
+        let mut load = Load::new(connected(folder.path())?, 0xabcd_ef01_2345_6789);
+        for round in 0..60_u64 {
+            load.fill(0)?;
+            load.take(u16::try_from(round % 2)?)?;
+        }
+        load.take_all()?;
+        ensure!(load.failed == 0, "failed too early");
+        // What the device stands on loses its upper half: EIO from now on there.
+        std::fs::File::options()
+            .write(true)
+            .open(&path)?
+            .set_len(SIZE as u64 / 2)?;
+        load.unknown[SIZE / 1024..].fill(true);
+        for round in 0..60_u64 {
+            load.fill(0)?;
+            load.take(u16::try_from(round % 2)?)?;
+        }
+        load.take_all()?;
+        ensure!(load.failed > 0, "nothing failed");
+        ensure!(backend.0.try_wait()?.is_none(), "msb-blk has ended");
+        load.front.hang_up();
+        backend.0.wait()?;
+        Ok(())
+    })();
+    host("losetup", ["--detach", &device])?;
+    result
 }

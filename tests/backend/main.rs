@@ -4,5 +4,6 @@ mod blk;
 mod conformance;
 mod disk;
 mod fs;
+mod grow;
 mod hostile;
 mod transport;

@@ -69,6 +69,10 @@ pub struct Args {
     #[arg(long)]
     pub allow_references: bool,
 
+    /// Take commands on this Unix socket, which only the owner may connect to: `resize BYTES`.
+    #[arg(long, value_name = "PATH")]
+    pub control_path: Option<PathBuf>,
+
     /// Do not lock the image against other users.
     #[arg(long)]
     pub no_lock: bool,

@@ -4,6 +4,7 @@
 //! when it began.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -26,6 +27,7 @@ pub(crate) type Work = Box<dyn FnOnce(&Image) -> Result<(), ImageError> + Send>;
 pub(crate) struct Committer<T> {
     image: Arc<Image>,
     done: fn(T, bool),
+    is_flushing: Arc<AtomicBool>,
     state: Mutex<Option<Running<T>>>,
 }
 
@@ -40,8 +42,14 @@ impl<T: Send + 'static> Committer<T> {
         Self {
             image,
             done,
+            is_flushing: Arc::default(),
             state: Mutex::new(None),
         }
+    }
+
+    /// Whether a flush is under way.
+    pub(crate) fn is_flushing(&self) -> bool {
+        self.is_flushing.load(Ordering::Relaxed)
     }
 
     /// Queues a job. Gives it back if the thread cannot be started or has ended.
@@ -62,14 +70,15 @@ impl<T: Send + 'static> Committer<T> {
     fn start(&self) -> io::Result<Running<T>> {
         let (jobs, queue) = channel();
         let (image, done) = (Arc::clone(&self.image), self.done);
+        let is_flushing = Arc::clone(&self.is_flushing);
         let thread = std::thread::Builder::new()
             .name("msb-blk-commit".into())
-            .spawn(move || work(&image, &queue, done))?;
+            .spawn(move || work(&image, &queue, done, &is_flushing))?;
         Ok(Running { jobs, thread })
     }
 }
 
-fn work<T>(image: &Image, queue: &Receiver<Job<T>>, done: fn(T, bool)) {
+fn work<T>(image: &Image, queue: &Receiver<Job<T>>, done: fn(T, bool), is_flushing: &AtomicBool) {
     while let Ok(first) = queue.recv() {
         let mut flushes = Vec::new();
         for job in std::iter::once(first).chain(queue.try_iter()) {
@@ -88,7 +97,9 @@ fn work<T>(image: &Image, queue: &Receiver<Job<T>>, done: fn(T, bool)) {
         if flushes.is_empty() {
             continue;
         }
+        is_flushing.store(true, Ordering::Relaxed);
         let result = image.flush();
+        is_flushing.store(false, Ordering::Relaxed);
         if let Err(error) = &result {
             tracing::error!(%error, "flush failed");
         }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use msb_blk::args::{Args, CAPABILITIES};
+use msb_blk::control::Control;
 use msb_blk::device::BlkDevice;
 use msb_blk::image::{Image, OpenError, OpenOptions, open};
 use msb_blk::sandbox;
@@ -69,8 +70,14 @@ fn run(args: &Args) -> Result<(), Failure> {
         (Some(path), _) => Endpoint::bind(path)?,
         (None, fd) => Endpoint::from_fd(fd.unwrap_or(0))?,
     };
+    let control = args
+        .control_path
+        .as_deref()
+        .map(Control::bind)
+        .transpose()?;
     let mut report = jail::enter(sandbox::jail(args.sandbox))?;
-    let device = Arc::new(BlkDevice::new(Arc::clone(&image), args.device_config())?);
+    let device = BlkDevice::new(Arc::clone(&image), args.device_config())?.with_control(control);
+    let device = Arc::new(device);
     report.seal(&sandbox::calls(args.read_only))?;
     for missing in &report.missing {
         tracing::warn!("{}", chain(missing));

@@ -43,9 +43,19 @@ impl<T> Ring<T> {
     /// Makes a ring for `entries` transfers at a time that makes `event` readable when one
     /// finishes. It takes writes only if `writable`.
     pub(crate) fn new(entries: u16, event: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
-        let ring = IoUring::builder()
+        let entries = entries.max(1);
+        // Completions wait for the thread's next call instead of interrupting it, where the kernel
+        // can do that (5.19).
+        let cooperative = IoUring::builder()
             .setup_r_disabled()
-            .build(u32::from(entries).max(1))?;
+            .setup_coop_taskrun()
+            .build(u32::from(entries));
+        let ring = match cooperative {
+            Ok(ring) => ring,
+            Err(_) => IoUring::builder()
+                .setup_r_disabled()
+                .build(u32::from(entries))?,
+        };
         let submitter = ring.submitter();
         submitter.register_eventfd(event.as_raw_fd())?;
         // A ring is no way around the system call filter: it can do nothing but this.
@@ -55,7 +65,7 @@ impl<T> Ring<T> {
         }
         submitter.register_restrictions(&mut allowed)?;
         submitter.register_enable_rings()?;
-        let count = usize::from(entries.max(1));
+        let count = usize::from(entries);
         Ok(Self {
             ring,
             transfers: (0..count).map(|_| None).collect(),

@@ -100,6 +100,14 @@ pub trait Device: Send + Sync + 'static {
     /// become readable.
     fn reap(&self, _queue: u16) {}
 
+    /// A descriptor that becomes readable when somebody on the host wants something of the device.
+    fn control_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Serves whoever made [`Device::control_fd`] readable. Must not wait long.
+    fn control(&self) {}
+
     /// Forgets everything the driver has set up: the front end has gone, or it has reset the
     /// device. All queues are stopped and no request is open when this is called.
     fn reset(&self) {}

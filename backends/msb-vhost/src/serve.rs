@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
@@ -207,7 +207,7 @@ fn accept_all<D: Device>(
 ) -> io::Result<()> {
     loop {
         let socket = if endpoint.listening {
-            if !wait(&endpoint.socket, PollFlags::IN, end.as_fd())? {
+            if !wait_serving(&endpoint.socket, device.as_ref(), end)? {
                 return Ok(());
             }
             match accept_with(&endpoint.socket, SocketFlags::CLOEXEC) {
@@ -222,7 +222,7 @@ fn accept_all<D: Device>(
             queues,
             Connection::new(socket, end.as_fd()),
         );
-        let go_on = converse(&mut session, end);
+        let go_on = converse(&mut session, device.as_ref(), end);
         let patience = if matches!(go_on, Ok(true)) {
             PATIENCE
         } else {
@@ -236,9 +236,13 @@ fn accept_all<D: Device>(
 }
 
 /// Handles messages until the front end has gone (true) or the end is asked for (false).
-fn converse<D: Device>(session: &mut Session<'_, D>, end: &OwnedFd) -> io::Result<bool> {
+fn converse<D: Device>(
+    session: &mut Session<'_, D>,
+    device: &D,
+    end: &OwnedFd,
+) -> io::Result<bool> {
     loop {
-        if !wait(session.connection(), PollFlags::IN, end.as_fd())? {
+        if !wait_serving(session.connection(), device, end)? {
             return Ok(false);
         }
         match session.handle_message() {
@@ -254,8 +258,34 @@ fn converse<D: Device>(session: &mut Session<'_, D>, end: &OwnedFd) -> io::Resul
     }
 }
 
+/// Waits until `socket` can be read, and serves the host meanwhile; false when the end is asked for
+/// first.
+fn wait_serving<D: Device>(socket: impl AsFd, device: &D, end: &OwnedFd) -> io::Result<bool> {
+    let Some(control) = device.control_fd() else {
+        return wait(socket, PollFlags::IN, end.as_fd());
+    };
+    let mut fds = [
+        PollFd::new(end, PollFlags::IN),
+        PollFd::new(&socket, PollFlags::IN),
+        PollFd::from_borrowed_fd(control, PollFlags::IN),
+    ];
+    loop {
+        match poll(&mut fds, None) {
+            Err(Errno::INTR) => continue,
+            result => result?,
+        };
+        let [ended, readable, asked] = fds.each_ref().map(|fd| !fd.revents().is_empty());
+        if ended || readable {
+            return Ok(!ended);
+        }
+        if asked {
+            device.control();
+        }
+    }
+}
+
 /// Whether no end was asked for.
 fn goes_on(end: &OwnedFd) -> io::Result<bool> {
-    let mut fds = [rustix::event::PollFd::new(end, PollFlags::IN)];
-    Ok(rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default()))? == 0)
+    let mut fds = [PollFd::new(end, PollFlags::IN)];
+    Ok(poll(&mut fds, Some(&rustix::event::Timespec::default()))? == 0)
 }

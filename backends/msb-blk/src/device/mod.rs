@@ -1,20 +1,21 @@
 //! The virtio-blk device (virtio 1.3 §5.2): requests in, image operations out.
 
+mod emptying;
 mod transfer;
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use msb_vhost::{ConfigError, Device, QueueLimits, Request};
+use msb_vhost::{ConfigError, Device, FrontEnd, QueueLimits, Request};
 
 use self::transfer::{Lane, Pending, Transfer};
 use crate::commit::{Committer, Job};
-use crate::file::Emptying;
+use crate::control::{Command, Control};
 use crate::image::{Image, ImageError};
 use crate::request::{
-    ID_LEN, Limits, MAX_RANGE_SECTORS, MAX_RANGES, Operation, Range, SECTOR, Status, parse,
+    ID_LEN, Limits, MAX_RANGE_SECTORS, MAX_RANGES, Operation, SECTOR, Status, parse,
 };
 
 const F_SEG_MAX: u64 = 1 << 2;
@@ -29,9 +30,6 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Offset of the writeback byte in the configuration space.
 const WRITEBACK: u32 = 32;
-/// Discards and zeroes beyond this many bytes go to the commit thread.
-const MAX_INLINE_EMPTY: u64 = 16 << 20;
-
 /// What the device shows to the driver.
 #[derive(Debug, Clone)]
 pub struct DeviceConfig {
@@ -57,6 +55,8 @@ pub struct BlkDevice {
     /// Whether the driver flushes; if not, every write is made durable by itself.
     driver_flushes: AtomicBool,
     lanes: Vec<Lane>,
+    control: Option<Control>,
+    front_end: Mutex<Option<FrontEnd>>,
     committer: Committer<Waiting>,
 }
 
@@ -85,22 +85,40 @@ impl BlkDevice {
             writeback: AtomicBool::new(true),
             driver_flushes: AtomicBool::new(true),
             lanes,
+            control: None,
+            front_end: Mutex::new(None),
             committer,
         })
     }
 
-    /// Empties small ranges at once and leaves large ones to the commit thread.
-    fn empty(&self, pending: Pending, ranges: Vec<Range>, discard: bool, room: usize) {
-        let total: u64 = ranges.iter().map(|range| range.len).sum();
-        if total <= MAX_INLINE_EMPTY && self.is_writeback() {
-            return pending.finish(room, status_of(empty_all(&self.image, &ranges, discard)));
+    /// Takes commands from `control` from now on.
+    #[must_use]
+    pub fn with_control(mut self, control: Option<Control>) -> Self {
+        self.control = control;
+        self
+    }
+
+    /// Makes the disk longer and tells the guest.
+    fn grow(&self, size: Option<u64>) -> Result<u64, ImageError> {
+        self.image.grow(size)?;
+        let front_end = self
+            .front_end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(front_end) = front_end.as_ref()
+            && let Err(error) = front_end.config_changed()
+        {
+            tracing::warn!(%error, "the front end does not hear of the new size");
         }
-        let run = move |image: &Image| empty_all(image, &ranges, discard);
-        self.commit(Job::Run(
-            Box::new(run),
-            !self.is_writeback(),
-            (pending, room),
-        ));
+        Ok(self.image.size())
+    }
+
+    /// What requests are checked against now.
+    fn limits_now(&self) -> Limits {
+        Limits {
+            size: self.image.size(),
+            ..self.limits
+        }
     }
 
     /// Makes everything durable that was written so far, then answers.
@@ -150,7 +168,7 @@ impl Device for BlkDevice {
         let granularity = self.image.granularity();
         let sectors = u32::try_from(granularity / SECTOR).unwrap_or(8).max(1);
         let mut bytes = Vec::with_capacity(60);
-        bytes.extend((self.limits.size / SECTOR).to_le_bytes());
+        bytes.extend((self.image.size() / SECTOR).to_le_bytes());
         bytes.extend(0u32.to_le_bytes()); // size_max: no limit
         bytes.extend(u32::from(self.config.queue_size.saturating_sub(2).max(1)).to_le_bytes());
         bytes.extend([0; 4]); // geometry
@@ -185,6 +203,26 @@ impl Device for BlkDevice {
         }
     }
 
+    fn attach(&self, front_end: FrontEnd) {
+        let mut attached = self
+            .front_end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *attached = Some(front_end);
+    }
+
+    fn control_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.control.as_ref().map(Control::as_fd)
+    }
+
+    fn control(&self) {
+        if let Some(control) = &self.control {
+            control.serve(|command| match command {
+                Command::Resize(size) => self.grow(size).map_err(|error| error.to_string()),
+            });
+        }
+    }
+
     fn accept_features(&self, features: u64) {
         self.driver_flushes
             .store(features & F_FLUSH != 0, Ordering::Relaxed);
@@ -195,7 +233,7 @@ impl Device for BlkDevice {
             return;
         };
         let room = data.len();
-        match parse(&mut pending.request.readable, room, &self.limits) {
+        match parse(&mut pending.request.readable, room, &self.limits_now()) {
             Ok(Operation::Read(range)) => {
                 self.read(queue, Transfer::read(pending, data, range.offset));
             }
@@ -220,13 +258,14 @@ impl Device for BlkDevice {
                     },
                 );
             }
-            Ok(Operation::Discard(ranges)) => self.empty(pending, ranges, true, room),
-            Ok(Operation::WriteZeroes(ranges)) => self.empty(pending, ranges, false, room),
+            Ok(Operation::Discard(ranges)) => self.empty(queue, pending, &ranges, true, room),
+            Ok(Operation::WriteZeroes(ranges)) => self.empty(queue, pending, &ranges, false, room),
             Err(status) => pending.finish(room, status),
         }
     }
 
     fn end_batch(&self, queue: u16) {
+        self.empty_batch(queue);
         if let Some(lane) = self.lane(queue) {
             lane.submit();
         }
@@ -244,17 +283,6 @@ impl Device for BlkDevice {
         self.writeback.store(true, Ordering::Relaxed);
         self.driver_flushes.store(true, Ordering::Relaxed);
     }
-}
-
-fn empty_all(image: &Image, ranges: &[Range], discard: bool) -> Result<(), ImageError> {
-    ranges.iter().try_for_each(|range| {
-        let how = match (discard, range.unmap) {
-            (true, _) => Emptying::Discard,
-            (false, true) => Emptying::Unmap,
-            (false, false) => Emptying::Zero,
-        };
-        image.empty(range.offset, range.len, how)
-    })
 }
 
 /// The one place where an image error becomes a virtio status.

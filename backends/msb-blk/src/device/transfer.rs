@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use msb_vhost::{Request, Segments};
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::emptying::Emptied;
 use super::{BlkDevice, status_of};
 use crate::file::Wait;
 use crate::image::{ImageError, Inside, Place};
@@ -20,7 +21,7 @@ use crate::request::Status;
 use crate::sys::{Direction, Ring};
 
 /// A write to the page cache that takes longer than this was made to wait.
-const SLOW_WRITE: Duration = Duration::from_millis(5);
+const SLOW_WRITE: Duration = Duration::from_millis(2);
 /// Writes that go to the ring after such a one, before the next is tried at once.
 const DETOUR: u32 = 64;
 
@@ -100,6 +101,7 @@ pub(super) struct Lane {
     is_watched: AtomicBool,
     /// Writes that go to the ring because the host makes writers wait.
     detour: AtomicU32,
+    emptied: Mutex<Vec<Emptied>>,
 }
 
 impl Lane {
@@ -114,6 +116,7 @@ impl Lane {
             ring,
             is_watched: AtomicBool::new(false),
             detour: AtomicU32::new(0),
+            emptied: Mutex::default(),
         })
     }
 
@@ -132,6 +135,11 @@ impl Lane {
             // Whoever waits for the event comes back here.
             rustix::io::write(&self.event, &1_u64.to_ne_bytes()).ok();
         }
+    }
+
+    /// What waits for the end of the batch to be emptied.
+    pub(super) fn emptied(&self) -> MutexGuard<'_, Vec<Emptied>> {
+        lock(&self.emptied)
     }
 
     fn ring(&self) -> Option<MutexGuard<'_, Ring<Transfer>>> {
@@ -214,7 +222,8 @@ impl BlkDevice {
 
     /// Whether a write had better not be carried out at once.
     fn writes_wait(&self, queue: u16) -> bool {
-        if self.image.avoids_cache() {
+        // A flush makes writers wait for pages that are under way to the disk.
+        if self.image.avoids_cache() || self.committer.is_flushing() {
             return true;
         }
         // Only the thread of the queue changes it.

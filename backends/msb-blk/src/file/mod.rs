@@ -31,7 +31,7 @@ pub enum Wait {
 }
 
 /// How a range is emptied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Emptying {
     /// Give the space back if that is possible; the content afterwards is unspecified.
     Discard,

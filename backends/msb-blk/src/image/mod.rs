@@ -52,6 +52,12 @@ pub enum ImageError {
     /// The format cannot express it.
     #[error("the image format cannot do this")]
     Unsupported,
+    /// Its tables have no room for so large a disk.
+    #[error("the image has no room for the tables of so large a disk")]
+    TooLarge,
+    /// A disk in use does not become smaller.
+    #[error("a disk in use cannot become smaller")]
+    Shrink,
 }
 
 impl ImageError {
@@ -283,6 +289,20 @@ impl Image {
             Self::Raw(raw) => raw.empty(offset, len, how),
             Self::Qcow2(qcow2) => qcow2.empty(offset, len, how),
             Self::Vmdk(vmdk) => vmdk.empty(offset, len, how),
+        }
+    }
+
+    /// Makes the disk `size` bytes long, while it is in use; without a size a raw disk becomes as
+    /// long as its file. The new part reads as zeroes.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`]; the disk keeps its size then.
+    pub fn grow(&self, size: Option<u64>) -> Result<(), ImageError> {
+        match self {
+            Self::Raw(raw) => raw.grow(size),
+            Self::Qcow2(qcow2) => qcow2.grow(size.ok_or(ImageError::Unsupported)?),
+            Self::Vmdk(_) => Err(ImageError::Unsupported),
         }
     }
 

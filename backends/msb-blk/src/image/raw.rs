@@ -1,6 +1,7 @@
 //! A raw image: the file or block device is the disk.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use msb_vhost::Segments;
 
@@ -10,7 +11,7 @@ use crate::file::{Durability, Emptying, HostFile};
 /// A raw disk.
 pub struct Raw {
     file: Arc<dyn HostFile>,
-    size: u64,
+    size: AtomicU64,
     read_only: bool,
 }
 
@@ -20,13 +21,13 @@ impl Raw {
     pub fn new(file: Arc<dyn HostFile>, size: u64, read_only: bool) -> Self {
         Self {
             file,
-            size: size.saturating_add(511) & !511,
+            size: AtomicU64::new(whole_sectors(size)),
             read_only,
         }
     }
 
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     pub(super) fn locate(&self, offset: u64, len: u64) -> Extent<'_> {
@@ -46,6 +47,21 @@ impl Raw {
         Ok(self
             .file
             .write_from(from, len_of(len), offset, Durability::Later)?)
+    }
+
+    /// Makes the disk `size` bytes long, or as long as its file has become.
+    pub(super) fn grow(&self, size: Option<u64>) -> Result<(), ImageError> {
+        let present = self.file.size()?;
+        let size = size.unwrap_or(present);
+        if size < self.size() {
+            return Err(ImageError::Shrink);
+        }
+        if size > present {
+            self.writable()?;
+            self.file.set_size(size)?;
+        }
+        self.size.store(whole_sectors(size), Ordering::Release);
+        Ok(())
     }
 
     pub(super) fn in_place(&self, offset: u64, len: u64) -> Result<InPlace<'_>, ImageError> {
@@ -81,4 +97,8 @@ impl Raw {
             Ok(())
         }
     }
+}
+
+fn whole_sectors(size: u64) -> u64 {
+    size.saturating_add(511) & !511
 }

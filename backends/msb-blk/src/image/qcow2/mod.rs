@@ -11,6 +11,7 @@
 mod alloc;
 mod compressed;
 mod entry;
+mod grow;
 mod header;
 mod refcount;
 mod snapshot;
@@ -20,7 +21,7 @@ mod write;
 pub use header::{Compression, Header, HeaderError, MAX_HEADER};
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use self::alloc::{Metadata, Run, Space};
@@ -41,6 +42,8 @@ const INFLATED: usize = 8;
 /// An open qcow2 image.
 pub struct Qcow2 {
     header: Header,
+    /// Size of the disk; that in `header` is the one it was opened with.
+    size: AtomicU64,
     file: Arc<dyn HostFile>,
     /// Where guest data lies: the image itself or its external data file.
     data: Arc<dyn HostFile>,
@@ -93,6 +96,7 @@ impl Qcow2 {
             gate: Arc::default(),
             inflated: Mutex::default(),
             corrupt: AtomicBool::new(header.corrupt),
+            size: AtomicU64::new(header.size),
             header,
         };
         image.mark_tables()?;
@@ -141,7 +145,7 @@ impl Qcow2 {
 
     /// Size of the disk, rounded up to whole sectors.
     pub(super) fn size(&self) -> u64 {
-        self.header.size.saturating_add(511) & !511
+        self.size.load(Ordering::Acquire).saturating_add(511) & !511
     }
 
     pub(super) fn cluster_size(&self) -> u64 {

@@ -20,6 +20,9 @@ const SHARDS: u64 = 16;
 /// Most slices per shard: 128 MiB in all, the tables of 1 TiB with clusters of 64 KiB.
 const SLICES_PER_SHARD: usize = 2048;
 
+/// Entries up to which the L1 table can grow while the image is open: 4 TiB with clusters of 64 KiB.
+const LARGEST_GROWTH: usize = 8192;
+
 /// Slice numbers are dense, so one multiplication spreads them well enough.
 #[derive(Default)]
 pub(super) struct SpreadHasher(u64);
@@ -52,7 +55,9 @@ struct Slice {
 /// The active mapping of an image.
 pub(super) struct Tables {
     file: Arc<dyn HostFile>,
+    /// With room for what the clusters of the table can hold.
     l1: Vec<AtomicU64>,
+    l1_len: AtomicU64,
     l1_offset: u64,
     l2_entries: u64,
     entry_len: u64,
@@ -71,9 +76,15 @@ impl Tables {
     ) -> io::Result<Self> {
         let l1 = read_words(file.as_ref(), l1_offset, u64::from(l1_entries))?;
         let slice_entries = (SLICE_BYTES / entry_len).min(l2_entries);
+        let room = LARGEST_GROWTH.saturating_sub(l1.len());
         Ok(Self {
             file,
-            l1: l1.into_iter().map(AtomicU64::new).collect(),
+            l1_len: AtomicU64::new(l1.len() as u64),
+            l1: l1
+                .into_iter()
+                .chain(std::iter::repeat_n(0, room))
+                .map(AtomicU64::new)
+                .collect(),
             l1_offset,
             l2_entries,
             entry_len,
@@ -84,7 +95,7 @@ impl Tables {
 
     /// Number of L1 entries.
     pub(super) fn l1_len(&self) -> u64 {
-        self.l1.len() as u64
+        self.l1_len.load(Ordering::Acquire)
     }
 
     /// The L1 entry with this index; 0 beyond the table.
@@ -93,6 +104,29 @@ impl Tables {
             .ok()
             .and_then(|index| self.l1.get(index));
         entry.map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// Makes the table at least `entries` long, within the clusters it has.
+    pub(super) fn lengthen(&self, entries: u64, cluster_size: u64) -> Result<(), ImageError> {
+        let before = self.l1_len();
+        if entries <= before {
+            return Ok(());
+        }
+        let end = self.l1_offset + entries * 8;
+        let room = (self.l1_offset + before.max(1) * 8).next_multiple_of(cluster_size);
+        let (true, Ok(count)) = (
+            end <= room && entries <= self.l1.len() as u64,
+            u32::try_from(entries),
+        ) else {
+            return Err(ImageError::TooLarge);
+        };
+        let new = vec![0; usize::try_from((entries - before) * 8).unwrap_or(0)];
+        let place = self.l1_offset + before * 8;
+        self.file.write_at(&new, place, Durability::Now)?;
+        self.file
+            .write_at(&count.to_be_bytes(), 36, Durability::Now)?;
+        self.l1_len.store(entries, Ordering::Release);
+        Ok(())
     }
 
     /// Changes an L1 entry in the file and in memory.

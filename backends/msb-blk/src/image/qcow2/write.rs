@@ -52,7 +52,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn writable(&self) -> Result<(), ImageError> {
+    pub(super) fn writable(&self) -> Result<(), ImageError> {
         if self.read_only {
             return Err(ImageError::ReadOnly);
         }
