@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use clap::Parser;
+use msb_benches::disk::idle;
 use msb_benches::disk::image::Folders;
 use msb_benches::disk::peers::contenders;
 use msb_benches::disk::rows::{ROWS, Row};
@@ -16,14 +17,22 @@ use msb_benches::share::tree::bare_cost;
 fn main() -> Result<()> {
     let options = Options::parse();
     let rows: Vec<&Row> = ROWS.iter().filter(|row| row.wanted(&options)).collect();
+    let idle = options.wants(idle::ID, idle::NAME);
     if options.list {
         for row in &rows {
             let goal = row.goals[0];
             println!("{:<5} {:<22} {}", goal.id, row.name, goal.what);
         }
+        if idle {
+            println!(
+                "{:<5} {:<22} memory and wake-ups of an idle disk",
+                idle::ID,
+                idle::NAME
+            );
+        }
         return Ok(());
     }
-    if rows.is_empty() {
+    if rows.is_empty() && !idle {
         return Ok(());
     }
     prepare_machine();
@@ -51,6 +60,9 @@ fn main() -> Result<()> {
         }
         let judged = |goal| Line::new(goal, &contenders, &samples);
         lines.extend(row.goals.iter().copied().map(judged));
+    }
+    if idle {
+        lines.extend(idle::lines(&options, &folders)?);
     }
     println!("{}", markdown("msb-blk and qemu-storage-daemon", &lines));
     Ok(())

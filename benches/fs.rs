@@ -6,9 +6,10 @@ use msb_benches::harness::cli::Options;
 use msb_benches::harness::compare::in_turns;
 use msb_benches::harness::server::prepare_machine;
 use msb_benches::harness::table::{Line, detail, markdown};
+use msb_benches::share::census;
 use msb_benches::share::peers::contenders;
 use msb_benches::share::rows::{ROWS, Row};
-use msb_benches::share::tree::{bare_cost, share};
+use msb_benches::share::tree::{bare_cost, share, small_share};
 
 fn main() -> Result<()> {
     let options = Options::parse();
@@ -16,13 +17,21 @@ fn main() -> Result<()> {
         .iter()
         .filter(|row| options.wants(row.goal.id, row.name))
         .collect();
+    let census = census::IDS.iter().any(|id| options.wants(id, census::NAME));
     if options.list {
         for row in &rows {
             println!("{:<5} {:<20} {}", row.goal.id, row.name, row.goal.what);
         }
+        if census {
+            println!(
+                "{:<5} {:<20} what is kept after a walk",
+                "F22",
+                census::NAME
+            );
+        }
         return Ok(());
     }
-    if rows.is_empty() {
+    if rows.is_empty() && !census {
         return Ok(());
     }
     prepare_machine();
@@ -31,9 +40,14 @@ fn main() -> Result<()> {
         .tempdir_in(options.scratch())?;
     let folder = scratch.path();
     let share = share(folder)?;
+    let memory = tempfile::Builder::new()
+        .prefix("bench.")
+        .tempdir_in("/dev/shm")?;
+    let in_memory = small_share(memory.path())?;
     let mut lines = Vec::new();
     for row in &rows {
         eprintln!("  {} {} ({})", row.goal.id, row.goal.what, row.name);
+        let share = if row.in_memory { &in_memory } else { &share };
         if let Some((name, len, write)) = row.bare {
             let cost = bare_cost(&share.join(name), len, write)?;
             let direction = if write { "pwrite" } else { "pread" };
@@ -41,7 +55,7 @@ fn main() -> Result<()> {
         }
         let contenders = contenders(&options, row.wish)?;
         let samples = in_turns(&contenders, options.rounds, |contender| {
-            row.run(contender, &options, folder, &share)
+            row.run(contender, &options, folder, share)
         })?;
         for (contender, samples) in contenders.iter().zip(&samples) {
             eprintln!("{}", detail(contender, samples));

@@ -49,5 +49,7 @@ pub fn random_reads(path: &Path, depth: u16, time: Duration) -> Result<Sample> {
         elapsed: time,
         cpu: Duration::ZERO,
         latency: vec![(mean * 1000.0) as u32],
+        requests: 0,
+        native: Duration::ZERO,
     })
 }

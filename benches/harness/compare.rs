@@ -16,6 +16,14 @@ pub enum Measure {
     Tail,
     /// Units a second; more is better.
     Rate,
+    /// Requests that reached the server; less is better.
+    Requests,
+    /// Milliseconds that the whole took; less is better.
+    Wall,
+    /// Milliseconds that it took longer than without a server; less is better.
+    Overhead,
+    /// A figure that no run gives but the caller, in this unit; less is better.
+    Plain(&'static str),
 }
 
 impl Measure {
@@ -26,14 +34,22 @@ impl Measure {
             Self::Latency => sample.percentile(0.5),
             Self::Tail => sample.percentile(0.99),
             Self::Rate => sample.rate(),
+            Self::Requests => sample.requests as f64,
+            Self::Wall => sample.elapsed.as_secs_f64() * 1e3,
+            Self::Plain(_) => f64::NAN,
+            // A run as fast as the host's has an overhead that cannot be told from none.
+            Self::Overhead => {
+                let over = sample.elapsed.saturating_sub(sample.native);
+                (over.as_secs_f64() * 1e3).max(1.0)
+            }
         }
     }
 
     /// How often better `ours` is than `theirs`.
     pub fn ratio(self, ours: f64, theirs: f64) -> f64 {
         match self {
-            Self::Cpu | Self::Latency | Self::Tail => theirs / ours,
             Self::Rate => ours / theirs,
+            _ => theirs / ours.max(f64::MIN_POSITIVE),
         }
     }
 
@@ -44,6 +60,10 @@ impl Measure {
             Self::Latency => "p50 µs",
             Self::Tail => "p99 µs",
             Self::Rate => "/s",
+            Self::Requests => "requests",
+            Self::Wall => "ms",
+            Self::Overhead => "ms over native",
+            Self::Plain(unit) => unit,
         }
     }
 }

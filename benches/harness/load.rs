@@ -37,6 +37,10 @@ pub struct Sample {
     pub cpu: Duration,
     /// Nanoseconds from sending to completion of each request, in ascending order.
     pub latency: Vec<u32>,
+    /// Requests that reached the server, where they are counted.
+    pub requests: u64,
+    /// What the same took without a server.
+    pub native: Duration,
 }
 
 impl Sample {
@@ -100,7 +104,9 @@ pub fn measure(
         units,
         elapsed,
         cpu,
+        requests: latency.len() as u64,
         latency,
+        native: Duration::ZERO,
     })
 }
 

@@ -192,6 +192,24 @@ impl Server {
         Ok(count)
     }
 
+    /// How often its threads have given their CPU away: each is a wake-up before.
+    ///
+    /// # Errors
+    ///
+    /// When it has ended.
+    pub fn switches(&self) -> Result<u64> {
+        let mut count = 0;
+        for process in self.processes() {
+            for task in fs::read_dir(format!("/proc/{process}/task"))?.flatten() {
+                let text = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+                let line = text.lines().find(|line| line.starts_with("voluntary_ctxt"));
+                let number = line.and_then(|line| line.split_whitespace().nth(1));
+                count += number.unwrap_or("0").parse::<u64>()?;
+            }
+        }
+        Ok(count)
+    }
+
     /// The process and its children, oldest first.
     fn processes(&self) -> Vec<u32> {
         let mut found = vec![self.child.id()];

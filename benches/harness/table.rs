@@ -28,6 +28,8 @@ pub enum Against {
     Default,
     /// Whichever of its configurations does best.
     Best,
+    /// Its configuration of the same class.
+    Tuned,
     /// Our own on an easier subject.
     Itself,
     /// The host without a server.
@@ -45,14 +47,20 @@ pub struct Line {
 impl Line {
     /// Judges the samples of a row.
     pub fn new(goal: Goal, contenders: &[Contender], samples: &[Vec<Sample>]) -> Self {
-        let figures = contenders
-            .iter()
-            .zip(samples)
-            .map(|(contender, samples)| {
-                let values: Vec<f64> = samples.iter().map(|one| goal.measure.of(one)).collect();
-                (contender.label.clone(), contender.role, median(&values))
-            })
-            .collect();
+        let of = |samples: &Vec<Sample>| {
+            let values: Vec<f64> = samples.iter().map(|one| goal.measure.of(one)).collect();
+            median(&values)
+        };
+        let figures: Vec<f64> = samples.iter().map(of).collect();
+        Self::of(goal, contenders, &figures)
+    }
+
+    /// Judges one figure of each contender.
+    pub fn of(goal: Goal, contenders: &[Contender], figures: &[f64]) -> Self {
+        let one = |(contender, figure): (&Contender, &f64)| {
+            (contender.label.clone(), contender.role, *figure)
+        };
+        let figures = contenders.iter().zip(figures).map(one).collect();
         Self { goal, figures }
     }
 
@@ -67,6 +75,7 @@ impl Line {
             .iter()
             .filter(|(_, role, _)| match self.goal.against {
                 Against::Default => *role == Role::Peer,
+                Against::Tuned => *role == Role::TunedPeer,
                 Against::Itself => *role == Role::Itself,
                 Against::Native => *role == Role::Native,
                 Against::Best => matches!(role, Role::Peer | Role::TunedPeer),
@@ -86,12 +95,12 @@ impl Line {
         }
         let against = match goal.against {
             Against::Default => " of default",
-            Against::Best | Against::Itself | Against::Native => "",
+            Against::Best | Against::Tuned | Against::Itself | Against::Native => "",
         };
         let (ratio, verdict) = match self.ratio() {
             None => ("–".to_owned(), "–"),
-            Some(ratio) if ratio >= goal.target => (format!("**{ratio:.2}**"), "met"),
-            Some(ratio) => (format!("{ratio:.2}"), "missed"),
+            Some(ratio) if ratio >= goal.target => (format!("**{}**", times(ratio)), "met"),
+            Some(ratio) => (times(ratio), "missed"),
         };
         write!(line, " {ratio}{against} | ≥ {} | {verdict} |", goal.target)
             .expect("writing to a string");
@@ -133,6 +142,15 @@ pub fn detail(contender: &Contender, samples: &[Sample]) -> String {
         number(of(&|one| one.percentile(0.99))),
         number(of(&Sample::cpu_per_unit)),
     )
+}
+
+/// A ratio; one against almost nothing says no more than that.
+fn times(ratio: f64) -> String {
+    match ratio {
+        _ if ratio >= 1000.0 => "> 1000".to_owned(),
+        _ if ratio >= 100.0 => format!("{ratio:.0}"),
+        _ => format!("{ratio:.2}"),
+    }
 }
 
 /// Three significant digits.
@@ -182,6 +200,8 @@ mod tests {
             elapsed: Duration::from_secs(1),
             cpu: Duration::from_micros(micros),
             latency: vec![1],
+            requests: 1,
+            native: Duration::ZERO,
         };
         let samples: Vec<_> = [1, 9, 4, 3].map(|micros| vec![sample(micros)]).into();
         let line = Line::new(goal, &contenders, &samples);

@@ -1,8 +1,10 @@
 //! What is asked of a file server: requests again, listings, files made and removed.
 
+use std::sync::mpsc::{Receiver, Sender, channel};
+
 use anyhow::{Context, Result, ensure};
 
-use super::wire::{IN_HEADER, OUT_HEADER, ROOT, Request};
+use super::wire::{IN_HEADER, OUT_HEADER, ROOT, Request, op};
 use crate::harness::device::Slot;
 use crate::harness::load::Load;
 use crate::harness::ring::{Part, Window};
@@ -22,6 +24,9 @@ fn lay_out(request: &Request, slot: Slot, memory: Window, page: u32, chain: &mut
     pieces(slot.data, request.data, page, |at, len| {
         chain.push(Part::out(at, len));
     });
+    if u32::from_le_bytes(*request.header[4..].first_chunk().unwrap_or(&[0; 4])) == op::FORGET {
+        return;
+    }
     chain.push(Part::back(slot.header + REPLY_HEADER, OUT_HEADER));
     if request.reply > 0 {
         chain.push(Part::back(slot.header + REPLY, request.reply));
@@ -102,22 +107,28 @@ pub struct List {
     /// Ends after the last directory instead of beginning again.
     once: bool,
     page: u32,
-    /// Node of each entry, for whom wants them.
-    pub nodes: Vec<u64>,
-    keep: bool,
+    /// Where the node of each entry goes, for whom wants them.
+    nodes: Option<Sender<u64>>,
 }
 
 impl List {
-    /// A list of opened directories.
-    pub fn new(directories: Vec<(u64, u64)>, once: bool, keep: bool) -> Self {
+    /// Lists opened directories once, and hands the node of each entry over.
+    pub fn keeping(directories: Vec<(u64, u64)>) -> (Self, Receiver<u64>) {
+        let (sender, receiver) = channel();
+        let mut list = Self::new(directories, true);
+        list.nodes = Some(sender);
+        (list, receiver)
+    }
+
+    /// Lists opened directories, once or again and again.
+    pub fn new(directories: Vec<(u64, u64)>, once: bool) -> Self {
         Self {
             directories,
             place: 0,
             offset: 0,
             once,
             page: 4096,
-            nodes: Vec::new(),
-            keep,
+            nodes: None,
         }
     }
 }
@@ -147,9 +158,12 @@ impl Load for List {
             let entry = slot.data + at;
             self.offset = u64::from_le_bytes(memory.array(entry + 136));
             let name = u32::from_le_bytes(memory.array(entry + 144));
-            if self.keep {
+            if let Some(nodes) = &self.nodes {
+                // "." and ".." have none.
                 let node = u64::from_le_bytes(memory.array(entry));
-                self.nodes.extend((node != 0).then_some(node));
+                if node != 0 {
+                    nodes.send(node)?;
+                }
             }
             at += (152 + u64::from(name)).next_multiple_of(8);
             count += 1;
@@ -163,7 +177,7 @@ impl Load for List {
     }
 }
 
-/// CREATE, RELEASE and UNLINK of one name after the other; a unit is all three.
+/// CREATE, RELEASE, UNLINK and FORGET of one name after the other; a unit is all of them.
 pub struct MakeAndRemove {
     queue: usize,
     count: u64,
@@ -179,7 +193,11 @@ enum Stage {
         name: String,
     },
     Unlink {
+        node: u64,
         name: String,
+    },
+    Forget {
+        node: u64,
     },
 }
 
@@ -217,7 +235,8 @@ impl Load for MakeAndRemove {
                 request
             }
             Stage::Release { node, handle, .. } => Request::release(*node, *handle),
-            Stage::Unlink { name } => Request::unlink(ROOT, name),
+            Stage::Unlink { name, .. } => Request::unlink(ROOT, name),
+            Stage::Forget { node } => Request::forget(*node),
         };
         lay_out(&request, slot, memory, u32::MAX, chain);
         true
@@ -227,7 +246,8 @@ impl Load for MakeAndRemove {
         let error = errno(slot, memory);
         let stage = self.slots.get_mut(usize::from(slot.number));
         let stage = stage.context("an answer to no request")?;
-        ensure!(error == 0, "errno {error}");
+        let forgotten = matches!(stage, Stage::Forget { .. });
+        ensure!(forgotten || error == 0, "errno {error}");
         let (following, units) = match stage {
             // Its node is not known yet: this was the answer to CREATE.
             Stage::Release { node: 0, name, .. } => {
@@ -237,11 +257,13 @@ impl Load for MakeAndRemove {
                 let name = std::mem::take(name);
                 (Stage::Release { node, handle, name }, 0)
             }
-            Stage::Release { name, .. } => {
-                let name = std::mem::take(name);
-                (Stage::Unlink { name }, 0)
+            Stage::Release { node, name, .. } => {
+                let (node, name) = (*node, std::mem::take(name));
+                (Stage::Unlink { node, name }, 0)
             }
-            Stage::Unlink { .. } | Stage::Create => (Stage::Create, 1),
+            // As a kernel does with an inode that has lost its last name.
+            Stage::Unlink { node, .. } => (Stage::Forget { node: *node }, 0),
+            Stage::Forget { .. } | Stage::Create => (Stage::Create, 1),
         };
         *stage = following;
         Ok(units)

@@ -86,8 +86,6 @@ fn ours(
 }
 
 fn virtiofsd(label: &str, role: Role, more: &[&str]) -> Contender {
-    let folder =
-        std::env::var_os("MSB_PEERS").map_or_else(|| target().join("peers/bin"), PathBuf::from);
     let flags = [
         "--socket-path={socket}",
         "--shared-dir={subject}",
@@ -96,11 +94,16 @@ fn virtiofsd(label: &str, role: Role, more: &[&str]) -> Contender {
     Contender {
         label: label.to_owned(),
         role,
-        program: folder.join("virtiofsd"),
+        program: peers_dir().join("virtiofsd"),
         flags: flags
             .iter()
             .chain(more)
             .map(|&flag| flag.to_owned())
             .collect(),
     }
+}
+
+/// Where virtiofsd lies: `MSB_PEERS`, or where `benches/setup.sh` puts it.
+pub fn peers_dir() -> PathBuf {
+    std::env::var_os("MSB_PEERS").map_or_else(|| target().join("peers/bin"), PathBuf::from)
 }

@@ -31,6 +31,8 @@ pub struct Row {
     pub wish: Wish,
     /// A file whose bare cost belongs beside the result, and the size and direction of access.
     pub bare: Option<(&'static str, usize, bool)>,
+    /// The share lies on tmpfs, where writing costs a copy and nothing else.
+    pub in_memory: bool,
     depth: u16,
     data: u32,
     extent: Extent,
@@ -80,6 +82,7 @@ const fn row(
             tuned: NEVER,
         },
         bare: None,
+        in_memory: false,
         depth,
         data: 4096,
         extent: Extent::Timed,
@@ -117,10 +120,20 @@ pub const ROWS: &[Row] = &[
         )
     },
     Row {
+        in_memory: true,
         bare: Some(("written", 4096, true)),
         ..row(
             "write4k",
-            goal("F3", "WRITE 4 KiB, 32 in flight", Cpu, 2.5),
+            goal("F3", "WRITE 4 KiB on tmpfs, 32 in flight", Cpu, 2.5),
+            32,
+            write4k,
+        )
+    },
+    Row {
+        bare: Some(("written", 4096, true)),
+        ..row(
+            "write4k-disk",
+            goal("F3", "WRITE 4 KiB on the disk, 32 in flight", Cpu, 2.5),
             32,
             write4k,
         )
@@ -163,13 +176,23 @@ pub const ROWS: &[Row] = &[
     ),
     row(
         "create",
-        goal("F6", "CREATE + RELEASE + UNLINK, 1 in flight", Cpu, 2.5),
+        goal(
+            "F6",
+            "CREATE + RELEASE + UNLINK + FORGET, 1 in flight",
+            Cpu,
+            2.5,
+        ),
         1,
         create,
     ),
     row(
         "create-qd8",
-        goal("F6", "CREATE + RELEASE + UNLINK, 8 in flight", Cpu, 2.5),
+        goal(
+            "F6",
+            "CREATE + RELEASE + UNLINK + FORGET, 8 in flight",
+            Cpu,
+            2.5,
+        ),
         8,
         create,
     ),
@@ -361,19 +384,11 @@ fn seqwrite(session: &mut Session, plan: &Plan) -> Result<Loads> {
 }
 
 fn list(session: &mut Session, _: &Plan) -> Result<Loads> {
-    Ok(vec![Box::new(List::new(
-        directories(session)?,
-        true,
-        false,
-    ))])
+    Ok(vec![Box::new(List::new(directories(session)?, true))])
 }
 
 fn list_again(session: &mut Session, _: &Plan) -> Result<Loads> {
-    Ok(vec![Box::new(List::new(
-        directories(session)?,
-        false,
-        false,
-    ))])
+    Ok(vec![Box::new(List::new(directories(session)?, false))])
 }
 
 fn create(_: &mut Session, plan: &Plan) -> Result<Loads> {

@@ -14,7 +14,7 @@ pub const SMALL_FILES: usize = 64;
 /// Bytes of `data` and of `written`.
 pub const DATA_BYTES: u64 = 256 << 20;
 /// Directories of `many`, and files in each.
-pub const DIRECTORIES: usize = 20;
+pub const DIRECTORIES: usize = 10;
 /// See [`DIRECTORIES`].
 pub const ENTRIES: usize = 1000;
 
@@ -61,17 +61,40 @@ pub fn file(path: &Path, content: &[u8]) -> Result<()> {
 ///
 /// What the host reports.
 pub fn share(folder: &Path) -> Result<PathBuf> {
+    let share = names(folder, DIRECTORIES)?;
+    for name in ["data", "written"] {
+        filled(&share.join(name), DATA_BYTES)?;
+        mark(&share.join(name), 0o100_644)?;
+    }
+    Ok(share)
+}
+
+/// The part of it that has many names and little data.
+///
+/// # Errors
+///
+/// What the host reports.
+pub fn names(folder: &Path, directories: usize) -> Result<PathBuf> {
     let share = folder.join("share");
     directory(&share)?;
     directory(&share.join("files"))?;
     for number in 0..SMALL_FILES {
         file(&share.join(small(number)), &[b'x'; 1024])?;
     }
-    for name in ["data", "written"] {
-        filled(&share.join(name), DATA_BYTES)?;
-        mark(&share.join(name), 0o100_644)?;
-    }
-    many(&share.join("many"), DIRECTORIES, ENTRIES)?;
+    many(&share.join("many"), directories, ENTRIES)?;
+    Ok(share)
+}
+
+/// Makes the share of the rows that want their data in memory.
+///
+/// # Errors
+///
+/// What the host reports.
+pub fn small_share(folder: &Path) -> Result<PathBuf> {
+    let share = folder.join("share");
+    directory(&share)?;
+    filled(&share.join("written"), DATA_BYTES)?;
+    mark(&share.join("written"), 0o100_644)?;
     Ok(share)
 }
 

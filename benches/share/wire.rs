@@ -4,6 +4,7 @@
 pub mod op {
     #![allow(missing_docs, reason = "the names are those of linux/fuse.h")]
     pub const LOOKUP: u32 = 1;
+    pub const FORGET: u32 = 2;
     pub const GETATTR: u32 = 3;
     pub const UNLINK: u32 = 10;
     pub const OPEN: u32 = 14;
@@ -128,6 +129,11 @@ impl Request {
         let mut arguments = handle.to_le_bytes().to_vec();
         arguments.resize(24, 0);
         Self::new(op::RELEASE, node, arguments, 0)
+    }
+
+    /// FORGET of one lookup, which has no reply.
+    pub fn forget(node: u64) -> Self {
+        Self::new(op::FORGET, node, 1_u64.to_le_bytes().to_vec(), 0)
     }
 
     /// INIT with what a current guest offers.
