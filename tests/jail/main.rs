@@ -94,7 +94,7 @@ fn everything_forbidden_is_denied() -> Result<()> {
     };
     let mut failures = Vec::new();
     let mut count = 0;
-    for device in ["fs", "fs-ro", "blk"] {
+    for device in ["fs", "fs-ro", "fs-off", "blk"] {
         for user in users {
             for mode in ["strict", "audit"] {
                 for attack in ATTACKS {
@@ -173,7 +173,14 @@ fn attempt(device: &str, mode: &str, attack: &str, stage: &str) -> Result<()> {
             uid: NOBODY,
             gid: NOBODY,
         },
-        _ => Identity::Keep(CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER),
+        "fs-off" => Identity::Keep(
+            CapabilitySet::DAC_READ_SEARCH
+                | CapabilitySet::DAC_OVERRIDE
+                | CapabilitySet::FOWNER
+                | CapabilitySet::CHOWN
+                | CapabilitySet::FSETID,
+        ),
+        _ => Identity::Owner { uid: 0, gid: 0 },
     };
     let mode: SandboxMode = mode.parse()?;
     let mut report = msb_vhost::jail::enter(Jail {

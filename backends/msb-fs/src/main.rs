@@ -86,6 +86,7 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
         place,
         rules.readonly,
         rules.ownership.mode,
+        tree.owner()?,
         getrlimit(Resource::Nofile).maximum.unwrap_or(OPEN_FILES),
     );
     let mut report = jail::enter(jail)?;

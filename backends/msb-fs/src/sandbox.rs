@@ -7,12 +7,14 @@ use msb_vhost::jail::{Call, CapabilitySet, Check, Identity, Jail, Root, SandboxM
 use crate::sys::SYS_GETXATTRAT;
 use crate::tree::StatVirt;
 
-/// The jail of a file server for the share behind `source`. `open_files` bounds the descriptors.
+/// The jail of a file server for the share behind `source`, which belongs to `owner`. `open_files`
+/// bounds the descriptors.
 pub fn jail(
     mode: SandboxMode,
     source: OwnedFd,
     read_only: bool,
     ownership: StatVirt,
+    owner: (u32, u32),
     open_files: u64,
 ) -> Jail {
     Jail {
@@ -22,22 +24,25 @@ pub fn jail(
             read_only,
             special_files: makes_special_files(ownership),
         },
-        identity: Identity::Keep(capabilities(read_only, ownership)),
+        identity: identity(read_only, ownership, owner),
         open_files,
     }
 }
 
-/// What a server that root started keeps, in a user namespace of its own: files of the share may
-/// belong to anybody. Only `off` gives files to others.
-fn capabilities(read_only: bool, ownership: StatVirt) -> CapabilitySet {
+/// Who a server is that root started: the owner of the share, as which it can do on the host what
+/// that user can. Only in `off` may files belong to anybody, and be given to others.
+fn identity(read_only: bool, ownership: StatVirt, (uid, gid): (u32, u32)) -> Identity {
+    if ownership != StatVirt::Off {
+        return Identity::Owner { uid, gid };
+    }
     let mut kept = CapabilitySet::DAC_READ_SEARCH;
     if !read_only {
-        kept |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER;
-        if ownership == StatVirt::Off {
-            kept |= CapabilitySet::CHOWN | CapabilitySet::FSETID;
-        }
+        kept |= CapabilitySet::DAC_OVERRIDE
+            | CapabilitySet::FOWNER
+            | CapabilitySet::CHOWN
+            | CapabilitySet::FSETID;
     }
-    kept
+    Identity::Keep(kept)
 }
 
 /// Whether pipes and sockets of the guest are such on the host: for root, that serves its files as

@@ -238,6 +238,24 @@ impl Tree {
         }
     }
 
+    /// User and group of the share: as them, everything in it can be reached that its owner can.
+    ///
+    /// # Errors
+    ///
+    /// When the share cannot be looked at.
+    pub fn owner(&self) -> io::Result<(u32, u32)> {
+        const OTHERS_SEARCH: u32 = 0o001;
+        let folder = rustix::fs::fstat(self.place()?)?;
+        let owner = match &self.single {
+            // Whoever owns the file may not be able to enter its folder.
+            Some(single) if folder.st_mode & OTHERS_SEARCH != 0 => {
+                sys::stat_in(&single.parent, &single.name)?
+            }
+            _ => folder,
+        };
+        Ok((owner.st_uid, owner.st_gid))
+    }
+
     /// Serves the same directory from inside the jail: `share` is the view of it there, and
     /// `descriptors` the folder of the process's own descriptors.
     ///

@@ -29,7 +29,7 @@ pub(super) fn drop_privileges(identity: Identity) -> Result<(), JailError> {
             Err(error) => return Err(failed("drop the supplementary groups")(error)),
         }
     }
-    if let Identity::Become { uid, gid } = identity
+    if let Identity::Become { uid, gid } | Identity::Owner { uid, gid } = identity
         && geteuid().is_root()
         && uid != 0
     {

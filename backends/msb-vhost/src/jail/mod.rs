@@ -22,13 +22,12 @@
 //!
 //! # Identity
 //!
-//! An ordinary user keeps its one uid, alone in a user namespace, and no capability. Root may be
-//! told to become another user ([`Identity::Become`]): right for a disk, whose file is open
-//! already. A share is different: its files may belong to many users, and a server that has
-//! become one of them could not touch the others' private files, which the person who typed `sudo`
-//! expects to see. So a share keeps uid 0 with the capabilities its caller names, but inside a user
-//! namespace that maps every id to itself. There they count for inodes only, not for the kernel:
-//! they allow no mount of the host, no device node, no raw disk, no network.
+//! An ordinary user keeps its one uid, alone in a user namespace, and no capability. Root becomes
+//! somebody else: a nobody for a disk, whose file is open already ([`Identity::Become`]), the
+//! owner of a share ([`Identity::Owner`]). Only a server that gives files to others keeps uid 0,
+//! with the capabilities its caller names ([`Identity::Keep`]), and in a user namespace that maps
+//! every id to itself. There they count for inodes only, not for the kernel: they allow no mount
+//! of the host, no device node, no raw disk, no network.
 
 mod check;
 mod credentials;
@@ -99,8 +98,16 @@ pub enum Root {
 /// Who the process is inside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Identity {
-    /// The user that started it, with these of its capabilities (none, if it has none).
+    /// The user that started it; root with these of its capabilities, anybody else without any.
     Keep(CapabilitySet),
+    /// When started by root, this user and group, without capabilities, in a user namespace where
+    /// every id has its name; else as it is.
+    Owner {
+        /// User id.
+        uid: u32,
+        /// Group id.
+        gid: u32,
+    },
     /// When started by root, this user and group, without capabilities; else as it is.
     Become {
         /// User id.
@@ -113,8 +120,9 @@ pub enum Identity {
 impl Identity {
     fn capabilities(self) -> CapabilitySet {
         match self {
-            Self::Keep(kept) => kept,
-            Self::Become { .. } => CapabilitySet::empty(),
+            // In its own user namespace even an ordinary user would have some.
+            Self::Keep(kept) if rustix::process::geteuid().is_root() => kept,
+            Self::Keep(_) | Self::Owner { .. } | Self::Become { .. } => CapabilitySet::empty(),
         }
     }
 }

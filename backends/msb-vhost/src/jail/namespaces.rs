@@ -113,7 +113,9 @@ struct MapWriter {
 impl MapWriter {
     fn start(identity: Identity) -> io::Result<Self> {
         let (uids, gids) = match identity {
-            Identity::Keep(_) => (same_ids("uid_map")?, same_ids("gid_map")?),
+            Identity::Keep(_) | Identity::Owner { .. } => {
+                (same_ids("uid_map")?, same_ids("gid_map")?)
+            }
             Identity::Become { uid, gid } => (two_ids(uid), two_ids(gid)),
         };
         let target = getpid().as_raw_pid();
