@@ -16,7 +16,12 @@ const INDEX: &str = "modules/index";
 const COMPRESSED: i32 = 4;
 
 /// What the port to the host may need.
-const PORT: [&str; 3] = ["virtio_pci", "virtio_mmio", "virtio_console"];
+const PORT: [&str; 4] = [
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_console",
+    "vmw_vsock_virtio_transport",
+];
 
 /// The modules that can be loaded, and those that have been.
 #[derive(Debug, Default)]

@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
-use msb_protocol::{Channel, Decoder, Frame, FrameError, FromAgent, Kind, PORT_NAME};
+use msb_protocol::{
+    Channel, Decoder, Frame, FrameError, FromAgent, Kind, PORT_NAME, VSOCK_PORT, VSOCK_WORD,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 
@@ -52,14 +54,18 @@ impl Port {
     /// Waits for the port and for the host to open it.
     pub(crate) fn open() -> Result<Self, PortError> {
         let deadline = Instant::now() + PATIENCE;
-        let flags = OFlags::NONBLOCK.bits().cast_signed();
-        let path = retry(deadline, || find(PORTS))?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(flags)
-            .open(path)?;
-        retry(deadline, || Ok(has_host(file.as_fd())?.then_some(())))?;
+        let line = std::fs::read_to_string("proc/cmdline").unwrap_or_default();
+        let file = if line.split_whitespace().any(|word| word == VSOCK_WORD) {
+            // The device may not have been found yet.
+            let socket = retry(
+                deadline,
+                || Ok(crate::sys::connect_to_host(VSOCK_PORT).ok()),
+            )?;
+            rustix::io::ioctl_fionbio(&socket, true).map_err(std::io::Error::from)?;
+            File::from(socket)
+        } else {
+            open_port(deadline)?
+        };
         Ok(Self {
             file,
             decoder: Decoder::default(),
@@ -159,6 +165,18 @@ impl Port {
             self.read()?;
         }
     }
+}
+
+fn open_port(deadline: Instant) -> Result<File, PortError> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let path = retry(deadline, || find(PORTS))?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(path)?;
+    retry(deadline, || Ok(has_host(file.as_fd())?.then_some(())))?;
+    Ok(file)
 }
 
 impl AsFd for Port {

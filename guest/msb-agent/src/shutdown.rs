@@ -82,8 +82,20 @@ pub(crate) fn finish() {
 /// Turns the machine off.
 pub(crate) fn power_off() {
     sync();
-    if let Err(error) = reboot(RebootCommand::PowerOff) {
+    if let Err(error) = reboot(off()) {
         eprintln!("msb-agent: cannot power off: {error}");
+    }
+}
+
+/// What turns the machine off. A PC without ACPI has no switch for that, and its processor would
+/// only halt; the VMMs that make such machines end when one is restarted.
+fn off() -> RebootCommand {
+    let switch =
+        !cfg!(target_arch = "x86_64") || std::path::Path::new("sys/firmware/acpi").exists();
+    if switch {
+        RebootCommand::PowerOff
+    } else {
+        RebootCommand::Restart
     }
 }
 
@@ -98,7 +110,7 @@ fn start_watchdog() {
     if let Ok(None) = sys::fork() {
         std::thread::sleep(WATCHDOG);
         eprintln!("msb-agent: a file system did not answer in time");
-        let _ = reboot(RebootCommand::PowerOff);
+        let _ = reboot(off());
         sys::exit_now(1);
     }
 }

@@ -43,6 +43,32 @@ pub(crate) fn execve(path: &CStr, argv: &[&CStr], env: &[&CStr]) -> Errno {
     last_errno()
 }
 
+/// A stream to a port of the host's vsock.
+pub(crate) fn connect_to_host(port: u32) -> Result<OwnedFd, Errno> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+    // SAFETY: it takes three numbers.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, kind, 0) };
+    if fd < 0 {
+        return Err(last_errno());
+    }
+    // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: the address consists of numbers, for which zero is a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).map_err(|_| Errno::INVAL)?;
+    address.svm_cid = libc::VMADDR_CID_HOST;
+    address.svm_port = port;
+    let length = libc::socklen_t::try_from(size_of_val(&address)).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the pointer leads to an address of that length, which is only read.
+    let result =
+        unsafe { libc::connect(fd, (&raw const address).cast::<libc::sockaddr>(), length) };
+    if result < 0 {
+        Err(last_errno())
+    } else {
+        Ok(socket)
+    }
+}
+
 /// Blocks all signals and returns a descriptor that tells of SIGCHLD.
 pub(crate) fn child_signals() -> Result<OwnedFd, Errno> {
     set_blocked_signals(true)?;

@@ -17,6 +17,13 @@ pub use message::*;
 /// Name of the virtio port that carries the protocol.
 pub const PORT_NAME: &str = "dev.microsandbox.agent";
 
+/// Port of the host's vsock that carries the protocol where there is no virtio port, which a word of
+/// the kernel's command line says ([`VSOCK_WORD`]).
+pub const VSOCK_PORT: u32 = 7173;
+
+/// Word of the guest kernel's command line that sends the agent to [`VSOCK_PORT`].
+pub const VSOCK_WORD: &str = "msb.agent=vsock";
+
 /// Version of the protocol; the agent refuses a host of another one.
 pub const PROTOCOL_VERSION: u32 = 1;
 
