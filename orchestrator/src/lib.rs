@@ -6,6 +6,7 @@ mod agent;
 pub mod backend;
 mod builder;
 mod error;
+pub mod evidence;
 pub mod host;
 pub mod image;
 mod initramfs;
@@ -15,7 +16,7 @@ pub mod sandbox;
 pub mod spec;
 pub mod supervisor;
 mod vmlinux;
-mod vmm;
+pub mod vmm;
 pub mod volume;
 
 pub use builder::{MountBuilder, NamedVolumeBuilder, SandboxBuilder};

@@ -114,12 +114,7 @@ fn vmm(kvm: KvmFacts, programs: &Programs) -> Finding {
         .iter()
         .filter_map(|(path, name)| path.map(|path| format!("{name} ({})", path.display())))
         .collect();
-    if let Some(old) = &programs.old_libkrun {
-        found.push(format!(
-            "{} cannot attach vhost-user devices and is not used",
-            old.display()
-        ));
-    }
+    found.extend(programs.unfit_libkrun.clone());
     if usable.iter().all(|(path, _)| path.is_none()) {
         let detail = if found.is_empty() {
             "none was found".to_owned()

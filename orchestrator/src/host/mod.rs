@@ -8,6 +8,8 @@ mod program;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use serde::de::DeserializeOwned;
+
 pub use checkup::{Finding, Verdict, examine};
 pub use kernel::{KernelFacts, KvmFacts};
 pub use path::{Link, PathFacts, PathKind};
@@ -16,9 +18,9 @@ pub(crate) use program::in_path;
 
 use crate::image::ImageStore;
 use crate::rundir::Home;
-use crate::spec::{ImageSource, MountSource, SandboxSpec, VolumeName};
+use crate::spec::{Accel, ImageSource, MountSource, SandboxSpec, VmmKind, VolumeName};
 use crate::volume::{self, VolumeFacts};
-use crate::{ErrorKind, MicrosandboxResult};
+use crate::{Error, ErrorKind, MicrosandboxResult};
 
 /// What a plan needs to know about the host.
 #[derive(Debug, Clone)]
@@ -37,6 +39,45 @@ pub struct HostFacts {
     pub kernel: Result<KernelFacts, String>,
     /// What can be said about hardware virtualisation.
     pub kvm: KvmFacts,
+    /// What the environment asks for.
+    pub preference: Preference,
+}
+
+/// The VMM and the kind of processor that the environment asks for; a request goes before it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Preference {
+    /// `MSB_VMM`.
+    pub vmm: Option<VmmKind>,
+    /// `MSB_ACCEL`.
+    pub accel: Option<Accel>,
+}
+
+impl Preference {
+    /// Reads the environment.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::ErrorKind::InvalidConfig`] when a variable has a value that means nothing.
+    pub fn from_env() -> MicrosandboxResult<Self> {
+        Ok(Self {
+            vmm: chosen("MSB_VMM", "libkrun, cloud-hypervisor or qemu")?,
+            accel: chosen("MSB_ACCEL", "kvm or tcg")?,
+        })
+    }
+}
+
+fn chosen<T: DeserializeOwned>(variable: &str, choices: &str) -> MicrosandboxResult<Option<T>> {
+    let word = std::env::var(variable).unwrap_or_default();
+    if word.is_empty() {
+        return Ok(None);
+    }
+    serde_json::from_value(word.as_str().into())
+        .map(Some)
+        .map_err(|_| {
+            Error::new(ErrorKind::InvalidConfig, format!("{variable} is `{word}`"))
+                .with_value(word)
+                .with_hint(format!("set it to {choices}"))
+        })
 }
 
 impl HostFacts {
@@ -55,6 +96,7 @@ impl HostFacts {
             programs: Programs::find(),
             kernel: KernelFacts::find(home),
             kvm: KvmFacts::read(),
+            preference: Preference::from_env()?,
         };
         match &spec.image {
             ImageSource::Stored { reference } => {

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// Programs and libraries that were found.
 #[derive(Debug, Clone, Default)]
@@ -21,14 +22,11 @@ pub struct Programs {
     pub cloud_hypervisor: Option<PathBuf>,
     /// A libkrun that can attach vhost-user devices (`MSB_LIBKRUN`, else where libraries lie).
     pub libkrun: Option<PathBuf>,
-    /// A libkrun that cannot.
-    pub old_libkrun: Option<PathBuf>,
+    /// Why none of those that were found can be used: what the first one lacks.
+    pub unfit_libkrun: Option<String>,
     /// `mkfs.ext4`, which makes disks.
     pub mkfs: Option<PathBuf>,
 }
-
-/// The function that a libkrun needs.
-const VHOST_USER: &[u8] = b"krun_add_vhost_user_device";
 
 /// Where a program of ours lies when it is neither beside this one nor in `PATH`.
 const LIBEXEC: [&str; 3] = [
@@ -40,23 +38,15 @@ const LIBEXEC: [&str; 3] = [
 impl Programs {
     /// Looks for all of them.
     pub fn find() -> Self {
-        let libkruns = libkruns();
-        let works = |library: &&PathBuf| {
-            fs::read(library).is_ok_and(|bytes| {
-                bytes
-                    .windows(VHOST_USER.len())
-                    .any(|seen| seen == VHOST_USER)
-            })
-        };
-        let libkrun = libkruns.iter().find(works).cloned();
+        let (libkrun, unfit_libkrun) = fit(libkruns());
         Self {
             fs: ours("msb-fs"),
             blk: ours("msb-blk"),
             agent: ours("msb-agent"),
             qemu: in_path(&format!("qemu-system-{}", env::consts::ARCH)),
             cloud_hypervisor: named("MSB_CLOUD_HYPERVISOR").or_else(|| in_path("cloud-hypervisor")),
-            old_libkrun: libkruns.into_iter().next().filter(|_| libkrun.is_none()),
             libkrun,
+            unfit_libkrun,
             mkfs: in_path("mkfs.ext4"),
         }
     }
@@ -99,6 +89,37 @@ pub(crate) fn in_path(name: &str) -> Option<PathBuf> {
 
 fn is_program(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+}
+
+/// The first library that can be used, or else what the first one lacks.
+fn fit(libraries: Vec<PathBuf>) -> (Option<PathBuf>, Option<String>) {
+    let mut unfit = None;
+    for library in libraries {
+        match probe(&library) {
+            Ok(()) => return (Some(library), None),
+            Err(why) => unfit = unfit.or(Some(why)),
+        }
+    }
+    (None, unfit)
+}
+
+/// Tries a library in a process of its own, for loading it runs its code.
+fn probe(library: &Path) -> Result<(), String> {
+    let cannot = |why: String| format!("`{}` cannot be tried: {why}", library.display());
+    let msb = crate::supervisor::msb_program().map_err(|error| cannot(error.to_string()))?;
+    let tried = Command::new(msb)
+        .args(["krun", "--probe"])
+        .arg(library)
+        .env_clear()
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| cannot(error.to_string()))?;
+    if tried.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&tried.stderr);
+    let line = said.lines().find_map(|line| line.strip_prefix("error: "));
+    Err(line.map_or_else(|| cannot(tried.status.to_string()), str::to_owned))
 }
 
 fn libkruns() -> Vec<PathBuf> {

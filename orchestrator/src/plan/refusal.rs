@@ -112,9 +112,9 @@ pub enum HostGap {
     /// The VMM that was asked for was not found.
     #[error("{0} was not found")]
     Vmm(VmmKind),
-    /// The libkrun that was found is too old.
-    #[error("`{}` cannot attach vhost-user devices", .0.display())]
-    OldLibkrun(PathBuf),
+    /// The libkrun that was found lacks something; this says which, and what.
+    #[error("{0}")]
+    UnfitLibkrun(String),
     /// The VMM works with hardware virtualisation only.
     #[error("{0} needs hardware virtualisation, which this machine does not offer")]
     NeedsKvm(VmmKind),
@@ -229,8 +229,8 @@ impl HostGap {
                 "name it in MSB_CLOUD_HYPERVISOR, or choose --vmm qemu"
             }
             Self::Vmm(VmmKind::Libkrun) => "name the library in MSB_LIBKRUN, or choose --vmm qemu",
-            Self::OldLibkrun(_) => {
-                "a libkrun with krun_add_vhost_user_device is needed; name one in MSB_LIBKRUN, or choose --vmm qemu"
+            Self::UnfitLibkrun(_) => {
+                "build its main branch with `make BLK=1 VHOST_USER=1` and name it in MSB_LIBKRUN, or choose --vmm qemu"
             }
             Self::NeedsKvm(_) => "choose --vmm qemu, which can do without",
             Self::NoKvm => "choose --accel tcg, or see `msb doctor`",

@@ -7,7 +7,7 @@ use expect_test::expect;
 use serde_json::Value;
 
 use super::*;
-use crate::host::{KernelFacts, KvmFacts, Link, PathFacts, PathKind, Programs};
+use crate::host::{KernelFacts, KvmFacts, Link, PathFacts, PathKind, Preference, Programs};
 use crate::spec::{
     ImageSource, MountFlag, MountSource, MountSpec, ProcessSpec, SecurityProfile, VolumeKind,
     parse_mount,
@@ -38,6 +38,7 @@ fn host() -> HostFacts {
             opens: true,
             processor: false,
         },
+        preference: Preference::default(),
     };
     let kinds = [
         ("/h/dir", PathKind::Directory),
@@ -426,11 +427,17 @@ fn the_vmm_is_chosen_by_what_the_host_has() {
         choice(&|spec, _| spec.vmm = Some(VmmKind::Libkrun)),
         choice(&|spec, facts| {
             spec.vmm = Some(VmmKind::Libkrun);
-            facts.programs.old_libkrun = library();
+            facts.programs.unfit_libkrun = Some("`/lib/libkrun.so` is too old".to_owned());
         }),
         choice(&|spec, facts| {
             spec.vmm = Some(VmmKind::Libkrun);
             facts.programs.libkrun = library();
+        }),
+        choice(&|_, facts| facts.preference.vmm = Some(VmmKind::CloudHypervisor)),
+        choice(&|_, facts| facts.preference.accel = Some(Accel::Tcg)),
+        choice(&|spec, facts| {
+            spec.vmm = Some(VmmKind::Qemu);
+            facts.preference.vmm = Some(VmmKind::Libkrun);
         }),
         choice(&|_, facts| facts.programs.qemu = None),
         choice(&|_, facts| facts.kernel = Err("there is no guest kernel".to_owned())),
@@ -447,8 +454,11 @@ fn the_vmm_is_chosen_by_what_the_host_has() {
         QEMU Tcg: emulation was asked for
         /dev/kvm cannot be opened
         libkrun was not found
-        `/lib/libkrun.so` cannot attach vhost-user devices
+        `/lib/libkrun.so` is too old
         libkrun needs hardware virtualisation, which this machine does not offer
+        cloud-hypervisor was not found
+        QEMU Tcg: emulation was asked for
+        QEMU Tcg: asked for
         the program `qemu` was not found
         there is no guest kernel
         the program `msb-fs` was not found; the program `msb-agent` was not found"#]]
@@ -468,7 +478,7 @@ fn libkrun_is_not_given_more_devices_than_it_has_interrupts() {
         Plan::new(&request, &facts).unwrap_err()[..],
         [Refusal::Host(HostGap::TooManyDevices {
             devices: 9,
-            most: 8
+            most: 7
         })]
     ));
 }

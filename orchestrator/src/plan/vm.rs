@@ -5,9 +5,9 @@ use super::refusal::HostGap;
 use crate::host::HostFacts;
 use crate::spec::{Accel, SandboxSpec, VmmKind};
 
-/// Interrupt lines that libkrun has for virtio devices on x86 (5 to 15), less those that its own
-/// balloon, entropy source and console take.
-const LIBKRUN_DEVICES: usize = 11 - 3;
+/// Interrupt lines that libkrun has for virtio devices on x86 (5 to 15), less those of its own
+/// balloon and entropy source, of the console, and of the share that holds the agent.
+const LIBKRUN_DEVICES: usize = 11 - 4;
 
 /// Kernel modules that every guest needs, unless they are built in.
 const BASE_MODULES: [&str; 7] = [
@@ -19,6 +19,9 @@ const BASE_MODULES: [&str; 7] = [
     "ext4",
     "overlay",
 ];
+
+/// What carries the agent's stream in cloud-hypervisor.
+const VSOCK_MODULE: &str = "vmw_vsock_virtio_transport";
 
 /// Modules of the file systems that the guest can tell by their marks, for a disk image of which
 /// nobody says what it holds.
@@ -61,6 +64,9 @@ pub(super) fn plan(
                 plan.kernel = Some(kernel.image.clone());
                 plan.modules = kernel.modules.clone();
                 plan.module_names = modules(disks);
+                if vmm == VmmKind::CloudHypervisor {
+                    plan.module_names.push(VSOCK_MODULE.to_owned());
+                }
             }
             Err(why) => gaps.push(HostGap::Kernel(why.clone())),
         }
@@ -75,14 +81,16 @@ fn choose(
 ) -> Result<(VmmKind, Accel, String), HostGap> {
     let programs = &facts.programs;
     let usable = facts.kvm.usable();
-    if spec.accel == Some(Accel::Kvm) && !facts.kvm.opens {
+    let asked = spec.vmm.or(facts.preference.vmm);
+    let asked_accel = spec.accel.or(facts.preference.accel);
+    if asked_accel == Some(Accel::Kvm) && !facts.kvm.opens {
         return Err(HostGap::NoKvm);
     }
     // Asked for, it is tried as long as the device opens.
-    let kvm = spec.accel == Some(Accel::Kvm) || (usable && spec.accel.is_none());
+    let kvm = asked_accel == Some(Accel::Kvm) || (usable && asked_accel.is_none());
     let accel = if kvm { Accel::Kvm } else { Accel::Tcg };
     let chosen = |vmm, reason: &str| Ok((vmm, accel, reason.to_owned()));
-    match spec.vmm {
+    match asked {
         Some(VmmKind::Qemu) => {
             programs.qemu.as_ref().ok_or(HostGap::Vmm(VmmKind::Qemu))?;
             chosen(VmmKind::Qemu, "asked for")
@@ -96,8 +104,8 @@ fn choose(
             chosen(VmmKind::CloudHypervisor, "asked for")
         }
         Some(VmmKind::Libkrun) => {
-            if let Some(old) = &programs.old_libkrun {
-                return Err(HostGap::OldLibkrun(old.clone()));
+            if let Some(old) = &programs.unfit_libkrun {
+                return Err(HostGap::UnfitLibkrun(old.clone()));
             }
             programs
                 .libkrun
@@ -124,7 +132,10 @@ fn choose(
         ),
         None => {
             programs.qemu.as_ref().ok_or(HostGap::Program("qemu"))?;
-            let reason = match (kvm, facts.kvm.opens, spec.accel) {
+            let reason = match (kvm, facts.kvm.opens, asked_accel) {
+                (true, _, _) if programs.libkrun.is_some() => {
+                    "hardware virtualisation is usable, but libkrun takes fewer devices; QEMU was found"
+                }
                 (true, _, _) => "hardware virtualisation is usable, and QEMU was found",
                 (_, _, Some(Accel::Tcg)) => "emulation was asked for",
                 (_, true, _) => "/dev/kvm opens, but the processor has neither vmx nor svm",

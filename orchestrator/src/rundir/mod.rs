@@ -265,6 +265,11 @@ pub struct SocketDir {
 }
 
 impl SocketDir {
+    /// The folder itself.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Makes the folder anew, empty.
     pub(crate) fn create(&self) -> MicrosandboxResult<()> {
         let cannot = |error| Error::io(format!("cannot make `{}`", self.path.display()), error);

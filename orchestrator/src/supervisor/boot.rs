@@ -1,5 +1,7 @@
 //! Starts the parts of a sandbox one after the other, up to an agent that is ready.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,12 +13,12 @@ use tokio::sync::mpsc;
 
 use super::child::Child;
 use super::control::{FromSupervisor, SOCKET};
-use super::{Owner, Sandbox};
+use super::{Owner, Sandbox, verify};
 use crate::agent::{self, FrameReader, FrameSender};
 use crate::backend::{self, Jail};
 use crate::host::Programs;
 use crate::image::Image;
-use crate::plan::DevicePlan;
+use crate::plan::{BackendPlan, DevicePlan};
 use crate::spec::{Accel, VmmKind};
 use crate::vmm::{self, Machine};
 use crate::volume::{self, Prepared};
@@ -127,49 +129,36 @@ async fn start(
 
     tell("starting backends");
     let jail = Jail::from_env()?;
-    let mut devices = Vec::new();
+    let mut sockets = Vec::new();
     for (number, plan) in sandbox.plan.backends.iter().enumerate() {
-        let socket = sandbox.sockets.socket(&format!("d{number}"))?;
-        let command = backend::command(plan, &programs, jail, listen(&socket)?)?;
-        let child = Child::start(
-            purpose(&plan.purpose),
-            command,
-            &sandbox.log,
-            number,
-            send_end.clone(),
-        )?;
+        let (child, socket) = start_backend(sandbox, plan, number, &programs, jail, &send_end)?;
         parts.backends.push(child);
-        devices.push((plan, socket));
+        sockets.push(socket);
     }
 
     tell("booting");
-    let agent = sandbox.sockets.socket("agent")?;
+    let agent = vmm::agent_socket(sandbox.plan.vm.vmm);
+    let agent = sandbox.sockets.socket(&agent)?;
     let listener = tokio_listener(listen(&agent)?)?;
     let (kernel, initramfs) = boot_files(sandbox, &programs)?;
+    for (plan, backend) in sandbox.plan.backends.iter().zip(&parts.backends) {
+        verify::verify(plan, backend, jail).await?;
+    }
+    if let Some(error) = parts.broken() {
+        return Err(error);
+    }
     let machine = Machine {
         name: sandbox.dir.name().as_str(),
         vm: &sandbox.plan.vm,
         kernel,
         initramfs: initramfs.as_deref(),
-        devices,
+        sockets: sandbox.sockets.path(),
+        devices: sandbox.plan.backends.iter().zip(sockets).collect(),
         agent,
         console: sandbox.dir.console_log(),
     };
-    let _ = std::fs::remove_file(&machine.console);
-    let command = vmm::command(&machine, &programs)?;
-    let number = parts.backends.len();
-    parts.vmm = Some(Child::start(
-        "the VMM".to_owned(),
-        command,
-        &sandbox.log,
-        number,
-        send_end,
-    )?);
-    let limit = if sandbox.plan.vm.accel == Accel::Kvm {
-        KVM_LIMIT
-    } else {
-        TCG_LIMIT
-    };
+    parts.vmm = Some(start_vmm(sandbox, &machine, &programs, jail, send_end)?);
+    let limit = boot_limit(sandbox.plan.vm.accel);
     let reached = tokio::time::timeout(limit, reach_agent(sandbox, parts, &listener)).await;
     let link = reached.unwrap_or_else(|_| {
         Err(Error::new(
@@ -181,6 +170,56 @@ async fn start(
         ))
     });
     link.map_err(|error| with_console(error, &sandbox.dir.console_log()))
+}
+
+/// Starts the backend of `plan`, which listens on the socket that is returned.
+pub(super) fn start_backend(
+    sandbox: &Sandbox,
+    plan: &BackendPlan,
+    number: usize,
+    programs: &Programs,
+    jail: Jail,
+    ends: &mpsc::UnboundedSender<usize>,
+) -> MicrosandboxResult<(Child, PathBuf)> {
+    let socket = sandbox.sockets.socket(&format!("d{number}"))?;
+    let command = backend::command(plan, programs, jail, listen(&socket)?)?;
+    let purpose = purpose(&plan.purpose);
+    let child = Child::start(purpose, command, &sandbox.log, number, ends.clone())?;
+    Ok((child, socket))
+}
+
+fn start_vmm(
+    sandbox: &Sandbox,
+    machine: &Machine,
+    programs: &Programs,
+    jail: Jail,
+    ends: mpsc::UnboundedSender<usize>,
+) -> MicrosandboxResult<Child> {
+    let launch = vmm::launch(machine, programs, jail)?;
+    if let Some(console) = launch.console {
+        keep_console(console, &machine.console)?;
+    }
+    Child::start(
+        "the VMM".to_owned(),
+        launch.command,
+        &sandbox.log,
+        machine.devices.len(),
+        ends,
+    )
+}
+
+/// How long the guest may take: what `MSB_BOOT_LIMIT` says, in seconds, for machines on which this
+/// takes longer than anywhere else.
+fn boot_limit(accel: Accel) -> Duration {
+    let named = std::env::var("MSB_BOOT_LIMIT").ok();
+    let named = named.and_then(|seconds| seconds.parse().ok());
+    named.map_or(
+        match accel {
+            Accel::Kvm => KVM_LIMIT,
+            Accel::Tcg => TCG_LIMIT,
+        },
+        Duration::from_secs,
+    )
 }
 
 /// Keeps the image from being removed while the sandbox runs.
@@ -339,6 +378,19 @@ fn tokio_listener(listener: StdUnixListener) -> MicrosandboxResult<UnixListener>
         .set_nonblocking(true)
         .and_then(|()| UnixListener::from_std(listener))
         .map_err(|error| Error::io("cannot listen on a socket", error))
+}
+
+/// Copies what a guest prints on a terminal to its log, until the VMM has ended.
+fn keep_console(console: OwnedFd, log: &Path) -> MicrosandboxResult<()> {
+    let cannot = |error| Error::io("cannot keep the guest's console", error);
+    let mut log = File::options().append(true).open(log).map_err(cannot)?;
+    let mut console = File::from(console);
+    std::thread::Builder::new()
+        .name("msb-console".to_owned())
+        // The end of the terminal shows as an error; a full disk only ends the log.
+        .spawn(move || std::io::copy(&mut console, &mut log))
+        .map_err(cannot)?;
+    Ok(())
 }
 
 /// Adds what the guest printed last, which is often the only trace.

@@ -81,6 +81,12 @@ impl Child {
         })
     }
 
+    /// Its pid, unless it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        let pid = self.pid.filter(|_| self.status().is_none())?;
+        u32::try_from(pid.as_raw_nonzero().get()).ok()
+    }
+
     /// How it ended, if it has.
     pub(crate) fn status(&self) -> Option<ExitStatus> {
         *self.ended.borrow()

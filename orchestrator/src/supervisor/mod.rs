@@ -19,12 +19,14 @@ use crate::agent::{self, FrameReader, FrameSender};
 use crate::plan::Plan;
 use crate::rundir::{self, Home, SandboxDir, SandboxLock, SandboxState, SocketDir, Status};
 use crate::spec::SandboxName;
+use crate::vmm::Reach;
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
 mod boot;
 mod child;
 pub(crate) mod control;
 mod hub;
+mod verify;
 
 use boot::Parts;
 use control::{Failure, FromSupervisor, ToSupervisor};
@@ -43,6 +45,8 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 ///
 /// When it cannot even tell its caller what is wrong; everything else is told over the socket.
 pub fn supervise(folder: &Path) -> MicrosandboxResult<()> {
+    // It was started by a name that says nothing.
+    let _ = rustix::thread::set_name(c"msb-supervisor");
     // Out of the caller's terminal: what Ctrl-C means is the caller's decision.
     let _ = rustix::process::setsid();
     let events = tokio::runtime::Builder::new_current_thread()
@@ -84,25 +88,35 @@ pub(crate) fn msb_program() -> MicrosandboxResult<PathBuf> {
         })
 }
 
-/// A command for `program` that the kernel ends when this process dies.
-pub(crate) fn tied_to_parent(program: &Path) -> MicrosandboxResult<Command> {
+/// A command for `program` that the kernel ends when this process dies, confined to `reach` if that
+/// is given.
+pub(crate) fn tied_to_parent(program: &Path, reach: Option<&Reach>) -> MicrosandboxResult<Command> {
     let mut command = Command::new(msb_program()?);
-    command
-        .arg("tied")
-        .arg(std::process::id().to_string())
-        .arg("--")
-        .arg(program);
+    command.arg("tied").arg(std::process::id().to_string());
+    if let Some(reach) = reach {
+        command.arg("--confined").args(reach.flags());
+    }
+    command.arg("--").arg(program);
     Ok(command)
 }
 
-/// Becomes `argv`, to be killed when the process `parent` dies.
+/// Becomes `argv`, to be killed when the process `parent` dies, and confined to `reach` if that is
+/// given.
 ///
 /// # Errors
 ///
 /// When the parent has died already or the program cannot be run.
-pub fn become_tied(parent: u32, argv: &[std::ffi::OsString]) -> MicrosandboxResult<()> {
+pub fn become_tied(
+    parent: u32,
+    reach: Option<&Reach>,
+    argv: &[std::ffi::OsString],
+) -> MicrosandboxResult<()> {
     use std::os::unix::process::CommandExt;
     let cannot = |error: std::io::Error| Error::io("cannot start the program", error);
+    // First, for a change of identity clears the setting below.
+    if let Some(reach) = reach {
+        crate::vmm::confine(reach);
+    }
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(|errno| cannot(errno.into()))?;
     let now = rustix::process::getppid().map(rustix::process::Pid::as_raw_nonzero);

@@ -4,31 +4,25 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use super::{Driver, Machine, queues};
+use super::{Driver, KERNEL_OPTIONS, Machine, no_kernel, queues};
+use crate::MicrosandboxResult;
 use crate::backend::{DISK_QUEUE_SIZE, QUEUE_SIZE};
 use crate::host::Programs;
 use crate::plan::DevicePlan;
 use crate::spec::Accel;
-use crate::{Error, ErrorKind, MicrosandboxResult};
 
 pub(super) struct Qemu;
 
-/// Quiet, so that a boot that works prints nothing; a panic ends the VM instead of hanging it. The
-/// rest leaves out what takes long under emulation and what no guest of ours needs: self-tests, a
-/// random number generator that times the processor.
-const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests \
-    random.trust_cpu=on initcall_blacklist=jent_mod_init";
-
 impl Driver for Qemu {
-    fn program(&self, programs: &Programs) -> Option<PathBuf> {
-        programs.qemu.clone()
-    }
-
     fn name(&self) -> &'static str {
         "QEMU"
     }
 
-    fn argv(&self, machine: &Machine) -> MicrosandboxResult<Vec<OsString>> {
+    fn program(&self, programs: &Programs) -> Option<PathBuf> {
+        programs.qemu.clone()
+    }
+
+    fn argv(&self, machine: &Machine, _: &Programs) -> MicrosandboxResult<Vec<OsString>> {
         let kernel = machine.kernel.as_deref().ok_or_else(no_kernel)?;
         let mut line = CommandLine::default();
         line.option("-name", &[("guest", machine.name.as_ref())]);
@@ -62,7 +56,7 @@ impl Driver for Qemu {
         if let Some(initramfs) = machine.initramfs {
             line.0.extend(["-initrd".into(), initramfs.into()]);
         }
-        line.words(&["-append", KERNEL_COMMAND_LINE]);
+        line.words(&["-append", &kernel_line(machine.vm.accel)]);
         line.option(
             "-chardev",
             &[
@@ -112,9 +106,12 @@ impl Driver for Qemu {
     }
 }
 
-fn no_kernel() -> Error {
-    Error::new(ErrorKind::InvalidConfig, "there is no guest kernel")
-        .with_hint("`msb doctor` says how to get one")
+/// Emulated on a busy machine, the timer may tick too seldom for the kernel's check, and it panics.
+fn kernel_line(accel: Accel) -> String {
+    match accel {
+        Accel::Kvm => KERNEL_OPTIONS.to_owned(),
+        Accel::Tcg => format!("{KERNEL_OPTIONS} no_timer_check"),
+    }
 }
 
 #[derive(Default)]

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 pub(crate) use sandbox::{
-    Create, Exec, ImageCommand, Inspect, LogSource, Logs, Processes, Remove, Restart, Run,
+    Create, Exec, ImageCommand, Inspect, Krun, LogSource, Logs, Processes, Remove, Restart, Run,
     SandboxFlags, Sandboxes, Selection, Start, Stop, Supervise, Tied,
 };
 pub(crate) use volume::{VolumeCommand, VolumeCreate, VolumeInspect, VolumeList, VolumeRemove};
@@ -86,6 +86,9 @@ pub(crate) enum Command {
     /// Be another program, which ends when its parent does
     #[command(hide = true)]
     Tied(Tied),
+    /// Be a VM of libkrun
+    #[command(hide = true)]
+    Krun(Krun),
 }
 
 /// The flags of `msb run`, for a plan only.

@@ -271,6 +271,10 @@ pub(crate) struct Processes {
 pub(crate) struct Inspect {
     /// Name of the sandbox
     pub(crate) name: String,
+    /// Show what /proc says of each of its processes: user, capabilities, seccomp, namespaces,
+    /// root, descriptors, environment
+    #[arg(long)]
+    pub(crate) evidence: bool,
     #[command(flatten)]
     pub(crate) format: Format,
 }
@@ -343,9 +347,28 @@ pub(crate) struct Supervise {
 pub(crate) struct Tied {
     /// Process id of the parent
     pub(crate) parent: u32,
+    /// Reach no file but those of the system and those named here, and no network
+    #[arg(long)]
+    pub(crate) confined: bool,
+    /// A file or folder that is read
+    #[arg(long, requires = "confined", value_name = "PATH")]
+    pub(crate) read: Vec<PathBuf>,
+    /// A file or folder that is written
+    #[arg(long, requires = "confined", value_name = "PATH")]
+    pub(crate) write: Vec<PathBuf>,
     /// The program and its arguments
     #[arg(last = true, required = true)]
     pub(crate) argv: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Krun {
+    /// Only say whether this library can be used
+    #[arg(long, value_name = "LIBRARY", conflicts_with = "machine")]
+    pub(crate) probe: Option<PathBuf>,
+    /// The machine, as JSON
+    #[arg(required_unless_present = "probe")]
+    pub(crate) machine: Option<String>,
 }
 
 impl SandboxFlags {

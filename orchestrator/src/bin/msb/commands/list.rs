@@ -2,10 +2,11 @@
 
 use std::process::ExitCode;
 
-use microsandbox::Error;
+use microsandbox::evidence::{self, Evidence};
 use microsandbox::plan::Plan;
 use microsandbox::rundir::{Home, SandboxDir, SandboxState, Status};
 use microsandbox::spec::{Access, ImageSource, MountSource, MountSpec, SandboxName, SandboxSpec};
+use microsandbox::{Error, ErrorKind};
 use serde::Serialize;
 
 use crate::args::{Inspect, OutputFormat, Processes, Sandboxes};
@@ -133,6 +134,9 @@ pub(super) fn ps(args: &Processes) -> Result<ExitCode, Error> {
 pub(super) fn inspect(args: &Inspect) -> Result<ExitCode, Error> {
     let home = Home::from_env()?;
     let dir = home.find_sandbox(&SandboxName::try_from(args.name.clone())?)?;
+    if args.evidence {
+        return show_evidence(&dir, args.format.format);
+    }
     let whole = Whole {
         name: dir.name().to_string(),
         created_at_ms: dir.created_at_ms(),
@@ -146,6 +150,122 @@ pub(super) fn inspect(args: &Inspect) -> Result<ExitCode, Error> {
         output::print(&describe(&whole))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `msb inspect --evidence`.
+fn show_evidence(dir: &SandboxDir, format: OutputFormat) -> Result<ExitCode, Error> {
+    let pid = dir.state()?.pid.ok_or_else(|| {
+        let message = format!(
+            "sandbox `{}` does not run, so it has no processes",
+            dir.name()
+        );
+        Error::new(ErrorKind::WrongState, message).with_value(dir.name().as_str())
+    })?;
+    let own = evidence::read(std::process::id())
+        .map_err(|error| Error::io("cannot look at this process in /proc", error))?;
+    let family = evidence::family(pid);
+    if format == OutputFormat::Json {
+        output::json(&family)?;
+    } else {
+        let blocks: Vec<String> = family.iter().map(|seen| process(seen, &own)).collect();
+        output::print(&blocks.join("\n"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Stands for what the process hides from other users.
+const HIDDEN: &str = "hidden (the process is not dumpable; root sees it)";
+
+fn process(seen: &Evidence, own: &Evidence) -> String {
+    let set = |name: &str| seen.capabilities.get(name).map_or(u64::MAX, |set| set.0);
+    let sets = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
+    let sets = sets.map(|name| format!("{name} {:x}", set(name)));
+    let supplementary = ids(&seen.supplementary);
+    let odd = seen.odd_threads.len();
+    let facts = [
+        ("users", ids(&seen.users)),
+        (
+            "groups",
+            format!("{}; supplementary {supplementary}", ids(&seen.groups)),
+        ),
+        ("capabilities", sets.join(", ")),
+        ("no_new_privs", u8::from(seen.no_new_privs).to_string()),
+        (
+            "seccomp",
+            format!("mode {}, {} filters", seen.seccomp, seen.filters),
+        ),
+        (
+            "threads",
+            format!("{}, {odd} unlike the first", seen.threads),
+        ),
+        ("pids", format!("{} (ours first)", ids(&seen.pids))),
+        ("uid map", seen.uid_map.clone()),
+        ("namespaces", own_namespaces(seen, own)),
+        ("root", root(seen)),
+        ("descriptors", descriptors(seen)),
+        ("environment", environment(seen)),
+        ("core limit", seen.core_limit.clone()),
+        ("cgroups", seen.cgroups.join(" ")),
+    ];
+    let mut lines = vec![format!("{} (pid {})", seen.name, seen.pid)];
+    lines.extend(facts.map(|(name, fact)| format!("  {name:<13}{fact}")));
+    lines.join("\n") + "\n"
+}
+
+fn ids(ids: &[u32]) -> String {
+    let words: Vec<String> = ids.iter().map(u32::to_string).collect();
+    if words.is_empty() {
+        "none".to_owned()
+    } else {
+        words.join(" ")
+    }
+}
+
+/// The kinds of namespaces that it does not share with this process.
+fn own_namespaces(seen: &Evidence, own: &Evidence) -> String {
+    let Some(theirs) = &seen.namespaces else {
+        return HIDDEN.to_owned();
+    };
+    let ours = |kind: &String| own.namespaces.as_ref().and_then(|ours| ours.get(kind));
+    let other = theirs
+        .iter()
+        .filter(|(kind, number)| ours(kind) != Some(number));
+    let names: Vec<&str> = other.map(|(kind, _)| kind.as_str()).collect();
+    if names.is_empty() {
+        "none of its own".to_owned()
+    } else {
+        format!("of its own: {}", names.join(" "))
+    }
+}
+
+fn root(seen: &Evidence) -> String {
+    let entries = seen
+        .root_entries
+        .map_or(String::new(), |count| format!(", {count} entries"));
+    seen.root_mount.as_ref().map_or(HIDDEN.to_owned(), |mount| {
+        let options = mount.options.join(",");
+        format!(
+            "{} of {} ({options}), {} mounts{entries}",
+            mount.folder, mount.kind, mount.mounts
+        )
+    })
+}
+
+fn descriptors(seen: &Evidence) -> String {
+    seen.descriptors.as_ref().map_or(HIDDEN.to_owned(), |open| {
+        let words = open
+            .iter()
+            .map(|descriptor| format!("{} {}", descriptor.number, descriptor.target));
+        words.collect::<Vec<_>>().join(", ")
+    })
+}
+
+fn environment(seen: &Evidence) -> String {
+    match seen.environment {
+        None => HIDDEN.to_owned(),
+        Some(0) => "empty".to_owned(),
+        Some(bytes) => format!("{bytes} bytes"),
+    }
 }
 
 fn describe(whole: &Whole) -> String {

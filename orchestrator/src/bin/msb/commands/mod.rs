@@ -13,24 +13,41 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use microsandbox::supervisor::{become_tied, supervise};
+use microsandbox::vmm::{Reach, become_machine, probe};
 use microsandbox::{Error, ErrorKind};
 use tokio::runtime::Builder;
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, Krun, Tied};
 use crate::{machine, output};
 
 /// Carries out a command line; whatever goes wrong is told on standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
     let done = match cli.command {
-        // These two are whole processes of their own, on their main thread.
+        // These three are whole processes of their own, on their main thread.
         Command::Supervise(args) => supervise(&args.folder).map(|()| ExitCode::SUCCESS),
-        Command::Tied(args) => become_tied(args.parent, &args.argv).map(|()| ExitCode::SUCCESS),
+        Command::Tied(args) => tied(args),
+        Command::Krun(args) => krun(&args).map(|()| ExitCode::SUCCESS),
         command => in_event_loop(command),
     };
     done.unwrap_or_else(|error| {
         output::error(&error);
         ExitCode::FAILURE
     })
+}
+
+fn tied(args: Tied) -> Result<ExitCode, Error> {
+    let reach = args.confined.then_some(Reach {
+        read: args.read,
+        write: args.write,
+    });
+    become_tied(args.parent, reach.as_ref(), &args.argv).map(|()| ExitCode::SUCCESS)
+}
+
+fn krun(args: &Krun) -> Result<(), Error> {
+    match (&args.probe, &args.machine) {
+        (Some(library), _) => probe(library),
+        (None, machine) => become_machine(machine.as_deref().unwrap_or_default()),
+    }
 }
 
 fn in_event_loop(command: Command) -> Result<ExitCode, Error> {
@@ -63,7 +80,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Error> {
         Command::Plan(flags) => machine::plan(&flags),
         Command::Doctor(format) => machine::doctor(format),
         Command::Completion { shell } => machine::completion(shell),
-        Command::Supervise(_) | Command::Tied(_) => Err(Error::new(
+        Command::Supervise(_) | Command::Tied(_) | Command::Krun(_) => Err(Error::new(
             ErrorKind::Unsupported,
             "this verb is a process of its own",
         )),
