@@ -78,7 +78,7 @@ fn nothing_is_left_behind_however_it_ends() -> Result<()> {
         match signal {
             Some(signal) => kill_process(pid(&child)?, signal)?,
             // No signal to msb at all: the VMM dies under it.
-            None => kill_by_name(&msb, "qemu-system")?,
+            None => kill_vmm(&msb)?,
         }
         let ended = said(&child.wait_with_output()?)?;
         assert_ne!(ended.code, 0, "{signal:?}: {ended:?}");
@@ -129,12 +129,13 @@ fn pid(child: &Child) -> Result<Pid> {
     Pid::from_raw(i32::try_from(child.id())?).context("pid")
 }
 
-fn kill_by_name(msb: &Msb, name: &str) -> Result<()> {
+fn kill_vmm(msb: &Msb) -> Result<()> {
+    let vmms = ["qemu-system", "cloud-hypervisor --", " krun {"];
     let found = msb
         .processes()?
         .into_iter()
-        .find(|(_, command)| command.contains(name));
-    let (pid, _) = found.with_context(|| format!("no process named {name}"))?;
+        .find(|(_, command)| vmms.iter().any(|vmm| command.contains(vmm)));
+    let (pid, _) = found.context("no VMM runs")?;
     Ok(kill_process(
         Pid::from_raw(pid).context("pid")?,
         Signal::KILL,

@@ -1,4 +1,5 @@
 //! Whole sandboxes: each mount kind and option, seen from the guest and from the host.
 
+mod jails;
 mod lifecycle;
 mod mounts;
