@@ -1,6 +1,6 @@
 //! What a disk backend may still do once it serves: nothing but input and output on open files.
 
-use msb_vhost::jail::{Call, Check, Identity, Jail, Root, SandboxMode};
+use msb_vhost::jail::{Call, Identity, Jail, Root, SandboxMode};
 
 /// User and group a disk is served as when root started it: the files are open already, so it
 /// needs no power over them.
@@ -39,8 +39,6 @@ const READING: &[Call] = &[
     Call::any(libc::SYS_preadv2),
     // The rings were made before the filter, and take reads and, if the disk is writable, writes.
     Call::any(libc::SYS_io_uring_enter),
-    Call::any(libc::SYS_flock),
-    Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_SETLK as u64)),
 ];
 
 const WRITING: &[Call] = &[

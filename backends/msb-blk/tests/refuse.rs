@@ -5,9 +5,10 @@
 mod support;
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use msb_blk::image::{Format, Image, ImageError, open};
 use msb_vhost::Segments;
@@ -519,6 +520,82 @@ fn one_writer_or_many_readers() {
     in_use(true);
     drop(writer);
     soon(false);
+}
+
+/// QEMU's tools see our lock and we see theirs; the kernel frees it with the process.
+#[test]
+fn qemu_and_msb_blk_keep_out_of_each_others_way() {
+    let Some(folder) = Folder::new(&["create -f qcow2 a.qcow2 1M"]) else {
+        return;
+    };
+    let path = folder.path("a.qcow2");
+    let locked = |read_only| {
+        let options = support::options(Format::Qcow2, read_only);
+        let options = msb_blk::image::OpenOptions {
+            lock: true,
+            ..options
+        };
+        open(&path, &options).map_err(|error| chain(&error))
+    };
+    let qemu_io = |read_only: bool| {
+        let mut command = Command::new("qemu-io");
+        command
+            .args(["-f", "qcow2"])
+            .arg(&path)
+            .stdin(Stdio::piped());
+        if read_only {
+            command.arg("-r");
+        }
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    // With nothing to do it opens the image and ends.
+    let refused_by_qemu = |read_only| {
+        let mut child = qemu_io(read_only);
+        drop(child.stdin.take());
+        let output = child.wait_with_output().unwrap();
+        String::from_utf8_lossy(&output.stderr).contains("lock")
+    };
+    // Another test may be starting a child, which holds copies of our descriptors for a moment.
+    let soon = |read_only| loop {
+        match locked(read_only) {
+            Ok(image) => break image,
+            Err(_) => std::thread::yield_now(),
+        }
+    };
+    let writer = soon(false);
+    assert!(refused_by_qemu(false) && refused_by_qemu(true));
+    drop(writer);
+    let reader = soon(true);
+    assert!(refused_by_qemu(false));
+    while refused_by_qemu(true) {}
+    drop(reader);
+    for (their_read_only, our_read_only, fits) in [
+        (false, false, false),
+        (false, true, false),
+        (true, false, false),
+        (true, true, true),
+    ] {
+        let mut child = qemu_io(their_read_only);
+        let mut prompt = [0; 8];
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut prompt)
+            .unwrap();
+        let opened = locked(our_read_only);
+        let what = format!("{their_read_only} {our_read_only}");
+        match (&opened, fits) {
+            (Ok(_), true) => {}
+            (Err(text), false) => assert!(text.contains("in use by another process"), "{what}"),
+            (other, _) => panic!("{what}: {:?}", other.as_ref().err()),
+        }
+        drop(opened);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        drop(soon(our_read_only));
+    }
 }
 
 #[test]

@@ -10,8 +10,10 @@
 
 mod beside;
 mod gate;
+mod lock;
 mod open;
 mod raw;
+mod sys;
 
 pub mod qcow2;
 pub mod vmdk;
@@ -38,6 +40,9 @@ pub enum ImageError {
     /// The image contradicts itself.
     #[error("image is corrupt: {0}")]
     Corrupt(&'static str),
+    /// The bytes of this place are lost; the rest of the image can be relied on.
+    #[error("data is damaged: {0}")]
+    Damaged(&'static str),
     /// The image cannot be written.
     #[error("image is read-only")]
     ReadOnly,

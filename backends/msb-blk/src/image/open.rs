@@ -7,9 +7,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 
 use super::beside::open_beside;
+use super::lock::lock;
 use super::qcow2::{self, Header, HeaderError, Qcow2};
 use super::vmdk::{self, VmdkError};
 use super::{Image, ImageError, Raw, References};
@@ -193,21 +194,10 @@ impl Opener<'_> {
         };
         let stat = rustix::fs::fstat(&fd).map_err(|e| host(e.into()))?;
         let mut file = BlockingFile::new(fd, self.options.caching).map_err(host)?;
-        if self.options.lock {
-            let lock = if read_only {
-                FlockOperation::NonBlockingLockShared
-            } else {
-                FlockOperation::NonBlockingLockExclusive
-            };
-            match rustix::fs::flock(file.as_fd(), lock) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(OpenError::Locked {
-                        path: path.to_owned(),
-                    });
-                }
-                Err(e) => return Err(host(e.into())),
-            }
+        if self.options.lock && !lock(file.as_fd(), read_only).map_err(host)? {
+            return Err(OpenError::Locked {
+                path: path.to_owned(),
+            });
         }
         if self.options.caching == Caching::None {
             let access = if read_only {
