@@ -34,6 +34,9 @@ pub struct BlockingFile {
     is_device: bool,
     durable: bool,
     knows_nowait: AtomicBool,
+    /// The host once failed to write something back. It has forgotten what that was, so nothing may
+    /// count as durable any more until the image is opened again.
+    lost: AtomicBool,
 }
 
 impl BlockingFile {
@@ -61,6 +64,7 @@ impl BlockingFile {
             is_device,
             durable: caching != Caching::Unsafe,
             knows_nowait: AtomicBool::new(true),
+            lost: AtomicBool::new(false),
         })
     }
 
@@ -123,6 +127,13 @@ impl BlockingFile {
         }
     }
 
+    /// Notes the failure of a durable write.
+    fn lose(&self, durable: bool, error: &io::Error) {
+        if durable && error.raw_os_error() == Some(libc::EIO) {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+    }
+
     fn write_zeroes(&self, mut offset: u64, len: u64) -> io::Result<()> {
         let end = offset.saturating_add(len);
         while offset < end {
@@ -181,7 +192,11 @@ impl HostFile for BlockingFile {
                     buf = buf.get(n..).unwrap_or_default();
                 }
                 Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
+                Err(e) => {
+                    let error = e.into();
+                    self.lose(!flags.is_empty(), &error);
+                    return Err(error);
+                }
             }
         }
         Ok(())
@@ -242,7 +257,10 @@ impl HostFile for BlockingFile {
                     len = len.saturating_sub(n);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+                Err(e) => {
+                    self.lose(flags != 0, &e);
+                    return Err(e);
+                }
             }
         }
         Ok(())
@@ -282,10 +300,22 @@ impl HostFile for BlockingFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.durable {
-            rustix::fs::fdatasync(&self.file)?;
+        if !self.durable {
+            return Ok(());
         }
-        Ok(())
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(Errno::IO.into());
+        }
+        loop {
+            match rustix::fs::fdatasync(&self.file) {
+                Ok(()) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(e) => {
+                    self.lost.store(true, Ordering::Relaxed);
+                    return Err(e.into());
+                }
+            }
+        }
     }
 
     fn avoids_cache(&self) -> bool {
