@@ -7,6 +7,8 @@
     reason = "each test uses a part of it"
 )]
 
+pub mod variants;
+
 use std::path::Path;
 use std::process::{Command, Output};
 

@@ -5,12 +5,13 @@
 //! leaks what was in reserve. Clusters given back become free after the next sync, when nothing on
 //! the disk can refer to them any more.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::header::Header;
 use super::refcount::Refcounts;
+use super::table::SpreadMap;
 use crate::file::{Durability, Emptying, HostFile};
 use crate::image::ImageError;
 
@@ -27,44 +28,66 @@ pub(super) struct Run {
     pub(super) count: u64,
 }
 
-/// Which host clusters hold metadata.
+/// Which host clusters hold metadata, and where the file ends. A word of 64 clusters takes memory
+/// only when one of them does, because a hostile table can name clusters far apart.
 #[derive(Default)]
 pub(super) struct Metadata {
-    chunks: HashMap<u64, [u64; 64]>,
+    words: SpreadMap<u64>,
+    /// End of the file in clusters.
+    end: u64,
 }
 
 impl Metadata {
-    fn place(cluster: u64) -> (u64, usize, u64) {
-        let word = usize::try_from(cluster / 64 % 64).unwrap_or(0);
-        (cluster / 4096, word, 1 << (cluster % 64))
+    pub(super) fn add(&mut self, cluster: u64) {
+        *self.words.entry(cluster / 64).or_default() |= 1 << (cluster % 64);
     }
 
-    pub(super) fn add(&mut self, cluster: u64) {
-        let (chunk, word, bit) = Self::place(cluster);
-        if let Some(word) = self.chunks.entry(chunk).or_insert([0; 64]).get_mut(word) {
-            *word |= bit;
+    /// Marks clusters that nothing else may be in, and that the file must hold.
+    pub(super) fn claim(&mut self, run: Run) -> Result<(), ImageError> {
+        if self.holds(run) && self.contains_any(run) {
+            return Err(ImageError::Corrupt("two tables lie in one cluster"));
         }
+        self.share(run)
+    }
+
+    /// Marks clusters that something of the same kind may be in as well.
+    pub(super) fn share(&mut self, run: Run) -> Result<(), ImageError> {
+        if !self.holds(run) {
+            return Err(ImageError::Corrupt(
+                "a table lies beyond the end of the file",
+            ));
+        }
+        (run.first..run.first + run.count).for_each(|cluster| self.add(cluster));
+        Ok(())
     }
 
     pub(super) fn remove(&mut self, cluster: u64) {
-        let (chunk, word, bit) = Self::place(cluster);
-        if let Some(word) = self
-            .chunks
-            .get_mut(&chunk)
-            .and_then(|chunk| chunk.get_mut(word))
-        {
-            *word &= !bit;
+        if let Some(word) = self.words.get_mut(&(cluster / 64)) {
+            *word &= !(1 << (cluster % 64));
         }
     }
 
     pub(super) fn contains(&self, cluster: u64) -> bool {
-        let (chunk, word, bit) = Self::place(cluster);
-        let word = self.chunks.get(&chunk).and_then(|chunk| chunk.get(word));
-        word.is_some_and(|word| word & bit != 0)
+        let word = self.words.get(&(cluster / 64));
+        word.is_some_and(|word| word & (1 << (cluster % 64)) != 0)
     }
 
     pub(super) fn contains_any(&self, run: Run) -> bool {
-        (run.first..run.first.saturating_add(run.count)).any(|cluster| self.contains(cluster))
+        let end = run.first.saturating_add(run.count);
+        (run.first / 64..end.div_ceil(64)).any(|key| {
+            self.words.get(&key).is_some_and(|word| {
+                let low = run.first.saturating_sub(key * 64);
+                let high = (end - key * 64).min(64);
+                word >> low << low << (64 - high) != 0
+            })
+        })
+    }
+
+    /// Whether a run lies in the file; its last cluster need not be whole.
+    pub(super) fn holds(&self, run: Run) -> bool {
+        run.first
+            .checked_add(run.count)
+            .is_some_and(|last| last <= self.end)
     }
 }
 
@@ -84,26 +107,41 @@ pub(super) struct Space {
 }
 
 impl Space {
-    /// Reads the refcount table and marks it as metadata, with the header.
+    /// Reads the refcount table and marks it as metadata, with the header. An image that is only
+    /// read needs neither.
     pub(super) fn load(
         file: Arc<dyn HostFile>,
         header: &Header,
         metadata: &Arc<RwLock<Metadata>>,
+        read_only: bool,
     ) -> Result<Self, ImageError> {
         let bits = header.cluster_bits;
-        let refcounts = Refcounts::load(Arc::clone(&file), header)?;
+        let clusters = if read_only {
+            0
+        } else {
+            header.reftable_clusters
+        };
+        let end = file.size()?.div_ceil(1 << bits);
         let mut marks = metadata.write().unwrap_or_else(PoisonError::into_inner);
+        marks.end = end;
         marks.add(0);
-        let first = header.reftable_offset >> bits;
-        (first..first + u64::from(header.reftable_clusters)).for_each(|c| marks.add(c));
+        if !read_only {
+            marks.claim(Run {
+                first: header.reftable_offset >> bits,
+                count: u64::from(clusters),
+            })?;
+        }
+        let refcounts = Refcounts::load(Arc::clone(&file), header, clusters)?;
         for offset in refcounts.block_offsets() {
             if !offset.is_multiple_of(1 << bits) {
                 return Err(ImageError::Corrupt("a refcount block is not aligned"));
             }
-            marks.add(offset >> bits);
+            marks.claim(Run {
+                first: offset >> bits,
+                count: 1,
+            })?;
         }
         drop(marks);
-        let end = file.size()?.div_ceil(1 << bits);
         Ok(Self {
             file,
             refcounts,
@@ -147,6 +185,11 @@ impl Space {
             return;
         }
         self.returned.push(run);
+    }
+
+    /// Whether a cluster is counted more than once.
+    pub(super) fn is_shared(&mut self, cluster: u64) -> Result<bool, ImageError> {
+        Ok(self.refcounts.get(cluster)? > 1)
     }
 
     /// What was given back so far; the caller syncs, then hands it to [`Space::free`].
@@ -209,13 +252,18 @@ impl Space {
         });
         if used < self.end {
             self.file.set_size(used << self.cluster_bits)?;
-            self.end = used;
+            self.ends_at(used);
         }
         Ok(())
     }
 
     fn marks(&self) -> RwLockReadGuard<'_, Metadata> {
         self.metadata.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ends_at(&mut self, end: u64) {
+        self.end = end;
+        self.marks_mut().end = end;
     }
 
     fn marks_mut(&self) -> RwLockWriteGuard<'_, Metadata> {
@@ -254,7 +302,7 @@ impl Space {
         let last = run.first + run.count;
         if last > self.end {
             self.file.set_size(last << bits)?;
-            self.end = last;
+            self.ends_at(last);
         }
         self.refcounts
             .set(run.first, run.count, 1, Durability::Now)?;
@@ -301,7 +349,9 @@ impl Space {
                 "a metadata cluster has a refcount of zero",
             ));
         }
-        let change = self.refcounts.add_block(cluster, &mut self.end)?;
+        let change = self.refcounts.add_block(cluster, &mut self.end);
+        self.ends_at(self.end);
+        let change = change?;
         for offset in change.added {
             self.marks_mut().add(offset >> self.cluster_bits);
         }

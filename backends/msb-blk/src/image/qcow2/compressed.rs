@@ -31,7 +31,7 @@ pub(super) fn inflate(
     if whole {
         Ok(cluster)
     } else {
-        Err(ImageError::Corrupt("a compressed cluster does not inflate"))
+        Err(ImageError::Damaged("a compressed cluster does not inflate"))
     }
 }
 

@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use self::alloc::{Metadata, Run, Space};
 use self::entry::{COPIED, Entry, Mapping, OFFSET, SUBCLUSTERS, packed};
+use self::snapshot::Table;
 use self::table::Tables;
 use super::gate::Gate;
 use super::{Extent, Image, ImageError, InPlace, Place};
@@ -34,8 +35,6 @@ use crate::file::{Durability, HostFile};
 /// Clusters that share an allocation lock, and the number of locks.
 const GROUP: u64 = 16;
 const GROUP_LOCKS: u64 = 64;
-/// How often an extended entry is read again before it counts as invalid.
-const RACE_RETRIES: u32 = 100;
 /// Inflated clusters kept, for readers that come in smaller steps.
 const INFLATED: usize = 8;
 
@@ -82,7 +81,7 @@ impl Qcow2 {
             header.l2_entries(),
             header.l2_entry_len(),
         )?;
-        let space = Space::load(Arc::clone(&file), &header, &metadata)?;
+        let space = Space::load(Arc::clone(&file), &header, &metadata, read_only)?;
         let image = Self {
             data: data.unwrap_or_else(|| Arc::clone(&file)),
             file,
@@ -109,28 +108,39 @@ impl Qcow2 {
     /// Marks the L1 and L2 tables, of the active state and of the snapshots, as metadata.
     fn mark_tables(&self) -> Result<(), ImageError> {
         let bits = self.header.cluster_bits;
+        let aligned = |entry: u64| (entry & OFFSET).is_multiple_of(1 << bits);
+        if (0..self.tables.l1_len()).any(|index| !aligned(self.tables.l1(index))) {
+            return Err(ImageError::Corrupt("an L2 table is not aligned"));
+        }
+        if self.read_only {
+            return Ok(());
+        }
         let mut marks = self
             .metadata
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        let mut mark = |offset: u64, len: u64| {
-            let last = offset.saturating_add(len).div_ceil(1 << bits);
-            (offset >> bits..last).for_each(|cluster| marks.add(cluster));
+        let run = |offset: u64, len: u64| Run {
+            first: offset >> bits,
+            count: offset.saturating_add(len).div_ceil(1 << bits) - (offset >> bits),
         };
-        mark(self.header.l1_offset, u64::from(self.header.l1_entries) * 8);
+        marks.claim(run(
+            self.header.l1_offset,
+            u64::from(self.header.l1_entries) * 8,
+        ))?;
         for index in 0..self.tables.l1_len() {
             let table = self.tables.l1(index) & OFFSET;
-            if !table.is_multiple_of(1 << bits) {
-                return Err(ImageError::Corrupt("an L2 table is not aligned"));
-            }
             if table != 0 {
-                mark(table, 1);
+                marks.claim(run(table, 1))?;
             }
         }
-        if !self.read_only {
-            snapshot::tables(self.file.as_ref(), &self.header, mark)?;
-        }
-        Ok(())
+        snapshot::tables(
+            self.file.as_ref(),
+            &self.header,
+            |table, offset, len| match table {
+                Table::Own => marks.claim(run(offset, len)),
+                Table::MayBeShared => marks.share(run(offset, len)),
+            },
+        )
     }
 
     /// Clears what only a program that knows it may keep: the autoclear bits.
@@ -153,6 +163,10 @@ impl Qcow2 {
     }
 
     pub(super) fn locate(&self, offset: u64, len: u64) -> Result<Extent<'_>, ImageError> {
+        self.note_corruption(self.locate_inside(offset, len))
+    }
+
+    fn locate_inside(&self, offset: u64, len: u64) -> Result<Extent<'_>, ImageError> {
         let (mapping, host, mut found) = self.lookup(offset, len)?;
         match mapping {
             Mapping::Data => {
@@ -212,17 +226,10 @@ impl Qcow2 {
         len: u64,
     ) -> Result<(Mapping, u64, u64), ImageError> {
         let cluster_size = self.cluster_size();
-        let (cluster, within) = (
-            offset >> self.header.cluster_bits,
-            offset & (cluster_size - 1),
-        );
-        let (mapping, unit) = match self.mapping_at(entry, within) {
-            Some(found) => found,
-            // A writer may have been between the two words of the entry.
-            None => (0..RACE_RETRIES)
-                .find_map(|_| self.mapping_at(self.tables.entry(cluster).ok()?, within))
-                .ok_or(ImageError::Corrupt("an L2 bitmap is invalid"))?,
-        };
+        let within = offset & (cluster_size - 1);
+        let (mapping, unit) = self
+            .mapping_at(entry, within)
+            .ok_or(ImageError::Corrupt("an L2 bitmap is invalid"))?;
         let host = entry.host();
         if mapping == Mapping::Data && host & (cluster_size - 1) != 0 {
             return Err(ImageError::Corrupt("a data cluster is not aligned"));
@@ -269,7 +276,11 @@ impl Qcow2 {
                 }
             };
         }
-        let bytes = self.inflated(entry.word)?;
+        let bytes = match self.inflated(entry.word) {
+            // It moved meanwhile, and its old place may be in use for something else.
+            _ if self.tables.entry(cluster)? != entry => return self.unpack(buf, offset),
+            bytes => bytes?,
+        };
         let start = usize::try_from(offset & (self.cluster_size() - 1)).unwrap_or(0);
         let part = bytes.get(start..start.saturating_add(buf.len()));
         buf.copy_from_slice(part.ok_or(ImageError::Corrupt("a packed cluster is too short"))?);
@@ -303,7 +314,7 @@ impl Qcow2 {
             self.lock_space().keep_returned(returned);
             return Err(error);
         }
-        if !returned.is_empty() {
+        if !returned.is_empty() && !self.is_corrupt() {
             self.gate.drain();
             self.inflated
                 .lock()
@@ -326,7 +337,14 @@ impl Qcow2 {
             return Ok(());
         }
         self.flush()?;
+        if self.is_corrupt() {
+            return Ok(());
+        }
         self.lock_space().close()
+    }
+
+    fn is_corrupt(&self) -> bool {
+        self.corrupt.load(Ordering::Relaxed)
     }
 
     fn lock_space(&self) -> MutexGuard<'_, Space> {

@@ -37,9 +37,13 @@ pub(super) struct MetadataChange {
 }
 
 impl Refcounts {
-    /// Reads the refcount table.
-    pub(super) fn load(file: Arc<dyn HostFile>, header: &Header) -> io::Result<Self> {
-        let entries = u64::from(header.reftable_clusters) << (header.cluster_bits - 3);
+    /// Reads the first `clusters` of the refcount table.
+    pub(super) fn load(
+        file: Arc<dyn HostFile>,
+        header: &Header,
+        clusters: u32,
+    ) -> io::Result<Self> {
+        let entries = u64::from(clusters) << (header.cluster_bits - 3);
         let table = read_words(file.as_ref(), header.reftable_offset, entries)?;
         Ok(Self {
             file,

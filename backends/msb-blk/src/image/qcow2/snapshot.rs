@@ -2,7 +2,7 @@
 
 use super::entry::OFFSET;
 use super::header::{Header, be32, be64};
-use super::table::read_words;
+use super::table::for_each_word;
 use crate::file::HostFile;
 use crate::image::ImageError;
 
@@ -11,11 +11,20 @@ const MAX_L1_BYTES: u64 = 32 << 20;
 /// All L1 tables of snapshots together; beyond it the image is refused for writing.
 const MAX_ALL_L1_BYTES: u64 = 256 << 20;
 
-/// Calls `mark` with offset and length of the snapshot table and of every table a snapshot has.
+/// Whose a table is.
+pub(super) enum Table {
+    /// One snapshot's alone.
+    Own,
+    /// An L2 table, which the active state and other snapshots may have too.
+    MayBeShared,
+}
+
+/// Calls `mark` with offset and length of the snapshot table and of every table a snapshot has; it
+/// refuses those that the file cannot hold.
 pub(super) fn tables(
     file: &dyn HostFile,
     header: &Header,
-    mut mark: impl FnMut(u64, u64),
+    mut mark: impl FnMut(Table, u64, u64) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
     let mut at = header.snapshots_offset;
     let mut all_l1 = 0;
@@ -37,15 +46,21 @@ pub(super) fn tables(
         if l1_bytes > MAX_L1_BYTES || all_l1 > MAX_ALL_L1_BYTES || !aligned {
             return Err(ImageError::Corrupt("a snapshot has an impossible L1 table"));
         }
-        mark(l1_offset, l1_bytes);
-        for word in read_words(file, l1_offset, l1_bytes / 8)? {
-            if word & OFFSET != 0 {
-                mark(word & OFFSET, 1);
+        mark(Table::Own, l1_offset, l1_bytes)?;
+        let mut marked = Ok(());
+        for_each_word(file, l1_offset, l1_bytes / 8, |word| {
+            if word & OFFSET != 0 && marked.is_ok() {
+                marked = mark(Table::MayBeShared, word & OFFSET, 1);
             }
-        }
+        })?;
+        marked?;
     }
     if header.snapshots > 0 {
-        mark(header.snapshots_offset, at - header.snapshots_offset);
+        mark(
+            Table::Own,
+            header.snapshots_offset,
+            at - header.snapshots_offset,
+        )?;
     }
     Ok(())
 }

@@ -1,8 +1,9 @@
 //! The L1 table and a cache of L2 table slices; readers of a cached slice share one read lock.
 //!
-//! Invariant: an entry changes on the file first and in the cache second, both under the read lock
-//! of its shard, while a slice is loaded under the write lock. So a loaded slice never misses a
-//! change, and whoever sees an entry in memory finds it in the file as well.
+//! Invariant: an entry changes on the file first and in the cache second, both under a lock of its
+//! shard, while a slice is loaded under the write lock. So a loaded slice never misses a change, and
+//! whoever sees an entry in memory finds it in the file as well. An entry of two words changes in
+//! the cache under the write lock, so that nobody sees half of it.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -16,6 +17,8 @@ use crate::image::ImageError;
 
 /// Bytes of an L2 table kept together: 32 MiB of disk with clusters of 64 KiB.
 const SLICE_BYTES: u64 = 4096;
+/// Bytes of a table in memory while it is read.
+const WORDS_AT_A_TIME: u64 = 256 << 10;
 const SHARDS: u64 = 16;
 /// Most slices per shard: 128 MiB in all, the tables of 1 TiB with clusters of 64 KiB.
 const SLICES_PER_SHARD: usize = 2048;
@@ -174,12 +177,28 @@ impl Tables {
             bytes[..8].copy_from_slice(&entry.word.to_be_bytes());
             bytes[8..].copy_from_slice(&entry.bitmap.to_be_bytes());
             self.file.write_at(&bytes, place, Durability::Later)?;
-        } else {
-            self.file
-                .write_at(&entry.word.to_be_bytes(), place, Durability::Later)?;
+            drop(shard);
+            // Had the slice gone meanwhile, its next reader would load what was just written.
+            let shard = self
+                .shard(key)?
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            if let Some(slice) = shard.get(&key) {
+                slice.set(at, entry, true);
+            }
+            return Ok(());
         }
-        slice.set(at, entry, self.entry_len == 16);
+        self.file
+            .write_at(&entry.word.to_be_bytes(), place, Durability::Later)?;
+        slice.set(at, entry, false);
         Ok(())
+    }
+
+    fn shard(&self, key: u64) -> Result<&RwLock<SpreadMap<Slice>>, ImageError> {
+        let shard = usize::try_from(key % SHARDS)
+            .ok()
+            .and_then(|index| self.shards.get(index));
+        shard.ok_or(ImageError::Corrupt("no such shard"))
     }
 
     /// The shard of slice `key`, locked for reading and with that slice in it.
@@ -188,11 +207,7 @@ impl Tables {
         table: u64,
         key: u64,
     ) -> Result<RwLockReadGuard<'_, SpreadMap<Slice>>, ImageError> {
-        let index = usize::try_from(key % SHARDS).unwrap_or(0);
-        let shard = self
-            .shards
-            .get(index)
-            .ok_or(ImageError::Corrupt("no such shard"))?;
+        let shard = self.shard(key)?;
         loop {
             let guard = shard.read().unwrap_or_else(PoisonError::into_inner);
             if guard.contains_key(&key) {
@@ -222,8 +237,6 @@ impl Tables {
 }
 
 impl Slice {
-    /// The bitmap is read first and written last, so that a bit set in it is never seen together
-    /// with the host offset from before.
     fn get(&self, at: u64, extended: bool) -> Entry {
         let word = |index: u64| {
             let word = usize::try_from(index)
@@ -276,11 +289,32 @@ fn evict(shard: &mut RwLockWriteGuard<'_, SpreadMap<Slice>>) {
 
 /// Reads `count` big-endian words at `offset`.
 pub(super) fn read_words(file: &dyn HostFile, offset: u64, count: u64) -> io::Result<Vec<u64>> {
-    let len = usize::try_from(count * 8).map_err(|_| io::ErrorKind::OutOfMemory)?;
-    let mut bytes = vec![0; len];
-    file.read_at(&mut bytes, offset)?;
-    let words = bytes.chunks_exact(8);
-    Ok(words
-        .map(|word| word.try_into().map_or(0, u64::from_be_bytes))
-        .collect())
+    let len = usize::try_from(count).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let mut words = Vec::with_capacity(len);
+    for_each_word(file, offset, count, |word| words.push(word))?;
+    Ok(words)
+}
+
+/// Reads `count` big-endian words at `offset` and keeps none of them.
+pub(super) fn for_each_word(
+    file: &dyn HostFile,
+    mut offset: u64,
+    count: u64,
+    mut act: impl FnMut(u64),
+) -> io::Result<()> {
+    let mut left = count * 8;
+    let mut bytes = vec![0; usize::try_from(left.min(WORDS_AT_A_TIME)).unwrap_or(0)];
+    while left > 0 {
+        let step = left.min(WORDS_AT_A_TIME);
+        let piece = bytes
+            .get_mut(..usize::try_from(step).unwrap_or(0))
+            .unwrap_or_default();
+        file.read_at(piece, offset)?;
+        for word in piece.chunks_exact(8) {
+            act(word.try_into().map_or(0, u64::from_be_bytes));
+        }
+        offset = offset.saturating_add(step);
+        left -= step;
+    }
+    Ok(())
 }

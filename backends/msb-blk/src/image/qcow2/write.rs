@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 
 use msb_vhost::Segments;
 
@@ -56,7 +55,7 @@ impl Qcow2 {
         if self.read_only {
             return Err(ImageError::ReadOnly);
         }
-        if self.corrupt.load(Ordering::Relaxed) {
+        if self.is_corrupt() {
             return Err(ImageError::Corrupt("the image takes no more writes"));
         }
         Ok(())
@@ -118,6 +117,11 @@ impl Qcow2 {
         let marks = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
         if marks.contains_any(run) {
             return Err(ImageError::Corrupt("a data cluster overlaps metadata"));
+        }
+        if !marks.holds(run) {
+            return Err(ImageError::Corrupt(
+                "a data cluster lies beyond the end of the file",
+            ));
         }
         Ok(())
     }
@@ -265,6 +269,9 @@ impl Qcow2 {
     fn write_over(&self, from: &mut Segments, part: Part) -> Result<(), ImageError> {
         let old = self.tables.entry(part.cluster)?;
         let base = part.cluster << self.header.cluster_bits;
+        if old.host() & (self.cluster_size() - 1) != 0 {
+            return Err(ImageError::Corrupt("a data cluster is not aligned"));
+        }
         let in_its_place = self.header.external_data || (old.host() != 0 && old.is_copied());
         let mut cover = Part {
             start: 0,
@@ -392,10 +399,14 @@ impl Qcow2 {
             .add(run.first);
         if old & OFFSET != 0 {
             let freed = (old & OFFSET) >> bits;
-            self.lock_space().give_back(Run {
-                first: freed,
-                count: 1,
-            });
+            let mut space = self.lock_space();
+            // A table that is neither marked as ours nor counted twice may be a snapshot's: it stays.
+            if space.is_shared(freed)? {
+                space.give_back(Run {
+                    first: freed,
+                    count: 1,
+                });
+            }
         }
         Ok(())
     }

@@ -81,7 +81,11 @@ impl Vmdk {
             let end = start + line.sectors * 512;
             let body = match source {
                 Source::Flat(file, offset) => Body::Flat(file, offset),
-                Source::Sparse(file, header) => Body::Sparse(Box::new(Sparse::open(file, header)?)),
+                Source::Sparse(file, header) => Body::Sparse(Box::new(Sparse::open(
+                    file,
+                    header,
+                    read_only || !line.writable,
+                )?)),
                 Source::Zero => Body::Zero,
             };
             parts.push(Part {

@@ -60,8 +60,12 @@ pub(super) struct Sparse {
 }
 
 impl Sparse {
-    /// Reads the grain directories.
-    pub(super) fn open(file: Arc<dyn HostFile>, header: SparseHeader) -> Result<Self, ImageError> {
+    /// Reads the grain directories, and refuses to write where they contradict each other.
+    pub(super) fn open(
+        file: Arc<dyn HostFile>,
+        header: SparseHeader,
+        read_only: bool,
+    ) -> Result<Self, ImageError> {
         let directory = read_entries(file.as_ref(), header.directory * 512, header.tables())?;
         let redundant = match header.redundant {
             Some(sector) => read_entries(file.as_ref(), sector * 512, header.tables())?,
@@ -76,6 +80,14 @@ impl Sparse {
             }
         }
         let size = file.size()?;
+        if !read_only {
+            let tables = directory.iter().chain(&redundant);
+            check_metadata(
+                &header,
+                size,
+                tables.map(|entry| entry.load(Ordering::Relaxed)),
+            )?;
+        }
         let end = size
             .max(header.overhead * 512)
             .next_multiple_of(header.grain_bytes());
@@ -390,6 +402,51 @@ impl Sparse {
     fn lock_space(&self) -> MutexGuard<'_, Space> {
         self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Fails unless header, descriptor, directories and grain tables lie in the file, each for itself.
+fn check_metadata(
+    header: &SparseHeader,
+    size: u64,
+    tables: impl Iterator<Item = u32>,
+) -> Result<(), ImageError> {
+    let directory_len = (header.tables() * 4).div_ceil(512);
+    let table_len = (header.table_entries * 4).div_ceil(512);
+    let descriptor_len = if header.descriptor == 0 {
+        0
+    } else {
+        header.descriptor_len
+    };
+    let mut places = vec![
+        (0, 1),
+        (header.descriptor, descriptor_len),
+        (header.directory, directory_len),
+    ];
+    places.extend(header.redundant.map(|redundant| (redundant, directory_len)));
+    for sector in tables.filter(|&sector| sector != 0) {
+        // Of more tables than the file has sectors some must overlap.
+        if places.len() as u64 > size / 512 {
+            break;
+        }
+        places.push((u64::from(sector), table_len));
+    }
+    places.sort_unstable();
+    let mut taken = 0;
+    for (first, len) in places {
+        if len == 0 {
+            continue;
+        }
+        if first < taken {
+            return Err(ImageError::Corrupt("two tables of an extent overlap"));
+        }
+        taken = first + len;
+    }
+    if taken * 512 > size.next_multiple_of(512) {
+        return Err(ImageError::Corrupt(
+            "a table lies beyond the end of the extent",
+        ));
+    }
+    Ok(())
 }
 
 /// The directory entry of a grain table, 0 for none.
