@@ -15,10 +15,12 @@ type Target = fn(&[u8]);
 #[test]
 fn regressions() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions");
-    let targets: [(&str, Target); 3] = [
+    let targets: [(&str, Target); 5] = [
         ("request", fuzzing::request),
         ("qcow2", fuzzing::qcow2),
+        ("qcow2_model", fuzzing::qcow2_model),
         ("vmdk", fuzzing::vmdk),
+        ("vmdk_model", fuzzing::vmdk_model),
     ];
     for (name, target) in targets {
         let Ok(files) = fs::read_dir(folder.join(name)) else {
@@ -94,16 +96,56 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     bytes.extend(tail);
 }
 
+fn rounds(fewest: usize) -> usize {
+    let asked = std::env::var("MSB_FUZZ_ROUNDS").ok();
+    asked.and_then(|n| n.parse().ok()).unwrap_or(fewest)
+}
+
+/// Random operations on sound images against a model; the oracle that the fuzzer steers.
+#[test]
+fn models_agree() {
+    let mut random = Random(4711);
+    for round in 0..rounds(400) {
+        let len = 5 + 6 * random.below(200) as usize + random.below(2) as usize;
+        let bytes = random.bytes(len);
+        let target: Target = if round % 2 == 0 {
+            fuzzing::qcow2_model
+        } else {
+            fuzzing::vmdk_model
+        };
+        if std::panic::catch_unwind(|| target(&bytes)).is_err() {
+            let copy = std::env::temp_dir().join(format!("msb-blk-model-{round}"));
+            fs::write(&copy, &bytes).unwrap();
+            panic!("round {round} failed; its input is {}", copy.display());
+        }
+    }
+}
+
+#[test]
+fn requests_of_any_bytes() {
+    let mut random = Random(31);
+    for _ in 0..rounds(3000) {
+        let len = random.below(1200) as usize;
+        let mut bytes = random.bytes(len);
+        if let Some(kind) = bytes.get_mut(2..6) {
+            kind.copy_from_slice(&(random.below(16) as u32).to_le_bytes());
+        }
+        if random.below(2) == 0
+            && let Some(sector) = bytes.get_mut(10..18)
+        {
+            sector.copy_from_slice(&random.below(140).to_le_bytes());
+        }
+        fuzzing::request(&bytes);
+    }
+}
+
 /// `MSB_FUZZ_ROUNDS` sets how many mutants of each seed are tried.
 #[test]
 fn mutants_do_no_harm() {
     if !has_qemu_img() {
         return;
     }
-    let rounds = std::env::var("MSB_FUZZ_ROUNDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(300);
+    let rounds = rounds(300);
     let dir = tempfile::tempdir().unwrap();
     let mut random = Random(77);
     for (seed, target) in seeds(dir.path()) {

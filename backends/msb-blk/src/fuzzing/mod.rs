@@ -1,119 +1,71 @@
-//! Entry points for fuzzing: hostile bytes as a request or an image, over a file in memory.
+//! Entry points for fuzzing: hostile bytes as a request, an image or a list of operations.
 
-use std::io;
-use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod memory;
+mod model;
+mod sample;
 
-use msb_vhost::Segments;
+pub use memory::MemoryFile;
+pub use model::{qcow2_model, vmdk_model};
 
-use crate::file::{Durability, Emptying, HostFile, Wait};
-use crate::image::Image;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use msb_vhost::{Device, Request, Segments};
+
+use crate::device::{BlkDevice, DeviceConfig};
+use crate::file::Emptying;
 use crate::image::qcow2::{Header, Qcow2};
 use crate::image::vmdk::{Descriptor, ExtentKind, ExtentLine, Source, SparseHeader, Vmdk};
-use crate::request::{Limits, parse};
+use crate::image::{Image, Raw};
 
-/// Largest file an image may grow to.
-const MAX_FILE: u64 = 64 << 20;
-
-/// A file in memory; beyond 64 MiB it is full.
-#[derive(Default)]
-pub struct MemoryFile(Mutex<Vec<u8>>);
-
-impl MemoryFile {
-    /// A file with these bytes.
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Mutex::new(bytes))
-    }
-
-    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+/// Size of the disk that requests go to.
+const DISK: usize = 64 << 10;
 
 fn index(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }
 
-impl HostFile for MemoryFile {
-    fn size(&self) -> io::Result<u64> {
-        Ok(self.bytes().len() as u64)
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let bytes = self.bytes();
-        let rest = bytes.get(index(offset)..).unwrap_or_default();
-        buf.fill(0);
-        buf.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
-        Ok(())
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64, _: Durability) -> io::Result<()> {
-        let end = offset.saturating_add(buf.len() as u64);
-        if end > self.size()? {
-            self.set_size(end)?;
-        }
-        if let Some(to) = self.bytes().get_mut(index(offset)..index(end)) {
-            to.copy_from_slice(buf);
-        }
-        Ok(())
-    }
-
-    fn read_into(&self, to: &mut Segments, len: usize, offset: u64, _: Wait) -> io::Result<()> {
-        let mut bytes = vec![0; len];
-        self.read_at(&mut bytes, offset)?;
-        to.write_all(&bytes).map_err(io::Error::other)
-    }
-
-    fn write_from(
-        &self,
-        from: &mut Segments,
-        len: usize,
-        offset: u64,
-        durability: Durability,
-    ) -> io::Result<()> {
-        let mut bytes = vec![0; len];
-        from.read_exact(&mut bytes).map_err(io::Error::other)?;
-        self.write_at(&bytes, offset, durability)
-    }
-
-    fn empty(&self, offset: u64, len: u64, _: Emptying) -> io::Result<()> {
-        let mut bytes = self.bytes();
-        let end = index(offset.saturating_add(len)).min(bytes.len());
-        if let Some(range) = bytes.get_mut(index(offset)..end) {
-            range.fill(0);
-        }
-        Ok(())
-    }
-
-    fn set_size(&self, size: u64) -> io::Result<()> {
-        if size > MAX_FILE {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        self.bytes().resize(index(size), 0);
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-}
-
-/// Parses `data` as the readable part of a request.
+/// Takes `data` for the readable part of a request to a small disk, over an image of either kind of
+/// access. Whatever it says, it is answered once, and with a status.
 pub fn request(data: &[u8]) {
-    let limits = Limits {
-        size: 1 << 30,
-        read_only: data.len().is_multiple_of(3),
-        discard: data.len().is_multiple_of(2),
+    let Some((&[room, kind], data)) = data.split_first_chunk::<2>() else {
+        return;
     };
-    let _ = parse(
-        &mut Segments::from_vec(data.to_vec()),
-        data.len() % 5000,
-        &limits,
+    let file = Arc::new(MemoryFile::new(vec![0x5a; DISK]));
+    let deny = kind & 1 != 0;
+    let image = Image::Raw(Raw::new(Arc::clone(&file) as _, DISK as u64, kind & 2 != 0));
+    let config = DeviceConfig {
+        serial: "fuzz".into(),
+        queues: 0,
+        queue_size: 128,
+        read_only: deny,
+    };
+    let Ok(device) = BlkDevice::new(Arc::new(image), config) else {
+        return;
+    };
+    // Whole sectors and a status byte, one byte more, or nothing at all.
+    let room = usize::from(room) / 4 * 512 + usize::from(room % 4);
+    let writable = Segments::from_vec(vec![0xee; room]);
+    let answer = writable.clone();
+    let (done, finished) = channel();
+    let request = Request::new(Segments::from_vec(data.to_vec()), writable, move |used| {
+        let _ = done.send(used);
+    });
+    device.handle(0, request);
+    let used = finished.recv_timeout(Duration::from_secs(10));
+    assert!(
+        used.is_ok_and(|used| index(used.into()) <= room),
+        "no answer, or one beyond the room: {used:?}"
     );
+    assert!(finished.try_recv().is_err(), "answered twice");
+    let status = answer.to_vec().last().copied();
+    assert!(
+        status.is_none_or(|status| status < 3),
+        "no status: {status:?}"
+    );
+    let changed = file.content().iter().any(|&byte| byte != 0x5a);
+    assert!(!changed || kind & 3 == 0, "a read-only disk has changed");
 }
 
 /// Opens `data` as a qcow2 image and uses it.

@@ -1,0 +1,4 @@
+//! Hostile bytes for `msb_blk::fuzzing::vmdk_model`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| msb_blk::fuzzing::vmdk_model(data));
