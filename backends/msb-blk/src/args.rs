@@ -1,5 +1,6 @@
 //! The command line: what was typed, and what follows from it.
 
+use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
@@ -22,11 +23,11 @@ use crate::request::ID_LEN;
 )]
 pub struct Args {
     /// Listen on this Unix socket.
-    #[arg(long, value_name = "PATH")]
+    #[arg(short, long, value_name = "PATH")]
     pub socket_path: Option<PathBuf>,
 
     /// Use this inherited socket, listening or connected.
-    #[arg(long, value_name = "N")]
+    #[arg(short, long, value_name = "N")]
     pub fd: Option<RawFd>,
 
     /// The image file or block device.
@@ -100,8 +101,8 @@ pub struct Args {
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: LevelFilter,
 
-    /// Print what this program can do as JSON, and end.
-    #[arg(long)]
+    /// Print what this program can do as JSON, and end; all other flags are ignored.
+    #[arg(short = 'c', long)]
     pub print_capabilities: bool,
 }
 
@@ -127,7 +128,12 @@ pub enum CacheArg {
     Unsafe,
 }
 
-/// What [`Args::print_capabilities`] asks for.
+/// Whether a command line asks for the capabilities, whatever else it says.
+pub fn asks_for_capabilities(mut args: impl Iterator<Item = OsString>) -> bool {
+    args.any(|arg| arg == "--print-capabilities" || arg == "-c")
+}
+
+/// What [`asks_for_capabilities`] asks for.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
 
 impl Args {
@@ -194,6 +200,9 @@ mod tests {
         check("msb-blk --print-capabilities", true);
         check("msb-blk --socket-path s --blk-file d", true);
         check("msb-blk --fd 0 -b d -r", true);
+        check("msb-blk -s s -b d -r", true);
+        check("msb-blk -f 0 -b d", true);
+        check("msb-blk -c", true);
         check("msb-blk --fd 0 --socket-path s --blk-file d", false);
         check("msb-blk --fd 0", false);
         check("msb-blk --blk-file d", false);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use msb_blk::args::{Args, CAPABILITIES};
+use msb_blk::args::{Args, CAPABILITIES, asks_for_capabilities};
 use msb_blk::control::Control;
 use msb_blk::device::BlkDevice;
 use msb_blk::image::{Image, OpenError, OpenOptions, open};
@@ -43,6 +43,10 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
+    if asks_for_capabilities(std::env::args_os().skip(1)) {
+        println!("{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
     let args = Args::parse();
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
@@ -54,10 +58,6 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), Failure> {
-    if args.print_capabilities {
-        println!("{CAPABILITIES}");
-        return Ok(());
-    }
     msb_vhost::start_log(args.log_level);
     if args.exit_with_parent {
         msb_vhost::exit_with_parent()?;
