@@ -3,172 +3,23 @@
 //! A recorder below the image logs every change of the file. From the log every state is rebuilt
 //! that a crash may leave: after the death of the process, a prefix; after the death of the host,
 //! any mixture in which each sector is as it was at some moment since the last sync. qemu-img check
-//! judges the structure, a model the content. `MSB_CRASH_STATES` sets how many states are tried.
+//! judges the structure, a model the content. `MSB_CRASH_STATES` sets how many states are tried of
+//! each long workload, `MSB_CRASH_WORKLOADS` how many short ones are tried in every state.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod support;
 
+use std::collections::HashSet;
 use std::fs;
-use std::io;
-use std::os::fd::BorrowedFd;
-use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
-use msb_blk::file::{Durability, Emptying, HostFile, Wait};
-use msb_blk::image::qcow2::{Header, Qcow2};
-use msb_blk::image::vmdk::{ExtentKind, ExtentLine, Source, SparseHeader, Vmdk};
-use msb_blk::image::{Format, Image, OpenOptions, open};
-use msb_vhost::Segments;
+use msb_blk::image::{Format, OpenOptions, open};
+use support::recorder::{Change, Failures, apply};
+use support::workload::{check_content, open_recorded, work};
 use support::*;
-
-#[derive(Clone)]
-enum Change {
-    Write {
-        offset: usize,
-        bytes: Vec<u8>,
-        now: bool,
-    },
-    Size(usize),
-    Sync,
-}
-
-/// A file in memory that remembers how it came about.
-#[derive(Default)]
-struct Recorder {
-    bytes: Mutex<Vec<u8>>,
-    log: Mutex<Vec<Change>>,
-    /// One change in so many fails, chosen by the generator; none at 0.
-    failures: Mutex<(u64, Option<Random>)>,
-}
-
-impl Recorder {
-    fn new(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self {
-            bytes: Mutex::new(bytes),
-            ..Self::default()
-        })
-    }
-
-    fn len(&self) -> usize {
-        self.log.lock().unwrap().len()
-    }
-
-    fn fail_one_in(&self, changes: u64, seed: u64) {
-        *self.failures.lock().unwrap() = (changes, Some(Random(seed)));
-    }
-
-    fn apply(&self, change: Change) -> io::Result<()> {
-        if let (one_in @ 1.., Some(random)) = &mut *self.failures.lock().unwrap()
-            && random.below(*one_in) == 0
-        {
-            let errors = [libc::ENOSPC, libc::EIO, libc::EDQUOT];
-            let errno = errors[random.below(3) as usize];
-            // A write that fails may still have changed part of the range.
-            if let Change::Write { offset, bytes, .. } = &change {
-                let part = Change::Write {
-                    offset: *offset,
-                    bytes: bytes[..random.below(bytes.len() as u64 / 512 + 1) as usize * 512]
-                        .to_vec(),
-                    now: false,
-                };
-                apply(&mut self.bytes.lock().unwrap(), &part, 0, usize::MAX);
-                self.log.lock().unwrap().push(part);
-            }
-            return Err(io::Error::from_raw_os_error(errno));
-        }
-        apply(&mut self.bytes.lock().unwrap(), &change, 0, usize::MAX);
-        self.log.lock().unwrap().push(change);
-        Ok(())
-    }
-}
-
-/// Applies the part of a change that lies between two offsets.
-fn apply(file: &mut Vec<u8>, change: &Change, from: usize, to: usize) {
-    match change {
-        Change::Write { offset, bytes, .. } => {
-            let start = (*offset).max(from);
-            let end = (offset + bytes.len()).min(to);
-            if start < end {
-                if file.len() < end {
-                    file.resize(end, 0);
-                }
-                file[start..end].copy_from_slice(&bytes[start - offset..end - offset]);
-            }
-        }
-        Change::Size(size) => file.resize(*size, 0),
-        Change::Sync => {}
-    }
-}
-
-impl HostFile for Recorder {
-    fn size(&self) -> io::Result<u64> {
-        Ok(self.bytes.lock().unwrap().len() as u64)
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let bytes = self.bytes.lock().unwrap();
-        let start = (offset as usize).min(bytes.len());
-        let len = buf.len().min(bytes.len() - start);
-        buf.fill(0);
-        buf[..len].copy_from_slice(&bytes[start..start + len]);
-        Ok(())
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64, durability: Durability) -> io::Result<()> {
-        let now = durability == Durability::Now;
-        self.apply(Change::Write {
-            offset: offset as usize,
-            bytes: buf.to_vec(),
-            now,
-        })
-    }
-
-    fn read_into(&self, to: &mut Segments, len: usize, offset: u64, _: Wait) -> io::Result<()> {
-        let mut bytes = vec![0; len];
-        self.read_at(&mut bytes, offset)?;
-        to.write_all(&bytes).map_err(io::Error::other)
-    }
-
-    fn write_from(
-        &self,
-        from: &mut Segments,
-        len: usize,
-        offset: u64,
-        durability: Durability,
-    ) -> io::Result<()> {
-        let mut bytes = vec![0; len];
-        from.read_exact(&mut bytes).map_err(io::Error::other)?;
-        self.write_at(&bytes, offset, durability)
-    }
-
-    fn empty(&self, offset: u64, len: u64, _: Emptying) -> io::Result<()> {
-        let end = self
-            .bytes
-            .lock()
-            .unwrap()
-            .len()
-            .min((offset + len) as usize);
-        let bytes = vec![0; end.saturating_sub(offset as usize)];
-        self.apply(Change::Write {
-            offset: offset as usize,
-            bytes,
-            now: false,
-        })
-    }
-
-    fn set_size(&self, size: u64) -> io::Result<()> {
-        self.apply(Change::Size(size as usize))
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.apply(Change::Sync)
-    }
-
-    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-}
 
 /// The file after the death of the process: the first `upto` changes.
 fn after_kill(start: &[u8], log: &[Change]) -> Vec<u8> {
@@ -232,155 +83,11 @@ fn after_power_loss(start: &[u8], log: &[Change], random: &mut Random) -> Vec<u8
     file
 }
 
-enum Action {
-    Write(usize, Vec<u8>),
-    Discard(usize, usize),
-    Flush,
-}
-
-/// What was done, and how long the log was before and after. What failed never ended.
-struct Done {
-    action: Action,
-    began: usize,
-    ended: usize,
-}
-
-fn work(image: &Image, recorder: &Recorder, random: &mut Random, steps: usize) -> Vec<Done> {
-    let sectors = image.size() / 512;
-    let mut done = Vec::new();
-    for _ in 0..steps {
-        let began = recorder.len();
-        let first = random.below(sectors);
-        let most = if random.below(6) == 0 { 300 } else { 12 };
-        let count = (1 + random.below(most)).min(sectors - first);
-        let (at, len) = (first * 512, count * 512);
-        let (action, result) = match random.below(12) {
-            0..=1 => (Action::Flush, image.flush()),
-            2 => {
-                let result = image.empty(at, len, Emptying::Discard);
-                (Action::Discard(first as usize, count as usize), result)
-            }
-            3 => {
-                let how = if random.below(2) == 0 {
-                    Emptying::Zero
-                } else {
-                    Emptying::Unmap
-                };
-                let result = image.empty(at, len, how);
-                (Action::Write(first as usize, vec![0; len as usize]), result)
-            }
-            _ => {
-                let bytes = random.bytes(len as usize);
-                let result = image.write(&mut Segments::from_vec(bytes.clone()), at, len);
-                (Action::Write(first as usize, bytes), result)
-            }
-        };
-        let failing = recorder.failures.lock().unwrap().0 > 0;
-        assert!(result.is_ok() || failing, "{result:?}");
-        let ended = if result.is_ok() {
-            recorder.len()
-        } else {
-            usize::MAX
-        };
-        done.push(Done {
-            action,
-            began,
-            ended,
-        });
-    }
-    done
-}
-
-/// Fails unless each sector has a content it may have after a crash at `moment`.
-fn check_content(
-    read: &[u8],
-    before: &[u8],
-    done: &[Done],
-    moment: usize,
-    killed: bool,
-    what: &str,
-) {
-    let sectors = read.len() / 512;
-    // A write that failed leaves the old or the new bytes, also after the next flush.
-    let mut allowed: Vec<Vec<(&[u8], bool)>> = before
-        .chunks(512)
-        .map(|sector| vec![(sector, true)])
-        .collect();
-    let mut anything = vec![false; sectors];
-    for step in done.iter().take_while(|step| step.began <= moment) {
-        let whole = step.ended <= moment;
-        match &step.action {
-            Action::Write(first, bytes) => {
-                for (nth, new) in bytes.chunks(512).enumerate() {
-                    let sector = &mut allowed[first + nth];
-                    if killed && whole {
-                        sector.clear();
-                        anything[first + nth] = false;
-                    }
-                    sector.push((new, step.ended < usize::MAX));
-                }
-            }
-            Action::Discard(first, count) => anything[*first..first + count].fill(true),
-            Action::Flush if whole => {
-                for (sector, anything) in allowed.iter_mut().zip(&anything) {
-                    if !anything {
-                        let last = sector.iter().rposition(|(_, sure)| *sure).unwrap_or(0);
-                        sector.drain(..last);
-                    }
-                }
-            }
-            Action::Flush => {}
-        }
-    }
-    for (number, found) in read.chunks(512).enumerate() {
-        let fits = anything[number] || allowed[number].iter().any(|(bytes, _)| *bytes == found);
-        assert!(
-            fits,
-            "{what}: sector {number} has none of its {} contents",
-            allowed[number].len()
-        );
-    }
-}
-
 fn states() -> usize {
     std::env::var("MSB_CRASH_STATES")
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(40)
-}
-
-fn open_recorded(path: &Path, format: Format) -> (Image, Arc<Recorder>, Vec<u8>) {
-    let bytes = fs::read(path).unwrap();
-    let recorder = Recorder::new(bytes.clone());
-    let file = Arc::clone(&recorder) as Arc<dyn HostFile>;
-    let image = if format == Format::Qcow2 {
-        let header = Header::parse(&bytes).unwrap();
-        let backing = header.backing.as_ref().map(|name| {
-            let name = String::from_utf8(name.clone()).unwrap();
-            Arc::new(try_open(&path.with_file_name(name), true).unwrap())
-        });
-        Image::Qcow2(Box::new(
-            Qcow2::open(header, file, None, backing, false).unwrap(),
-        ))
-    } else {
-        let header = SparseHeader::parse(&bytes).unwrap();
-        let kind = ExtentKind::Sparse {
-            name: String::new(),
-        };
-        let line = ExtentLine {
-            writable: true,
-            sectors: header.capacity,
-            kind,
-        };
-        let source = Source::Sparse(file, header);
-        let parent = path.with_file_name("base.vmdk");
-        let parent = parent
-            .exists()
-            .then(|| Arc::new(try_open(&parent, true).unwrap()));
-        let vmdk = Vmdk::open(vec![(line, source)], parent, None, None, false).unwrap();
-        Image::Vmdk(Box::new(vmdk))
-    };
-    (image, recorder, bytes)
 }
 
 fn check(commands: &[&str], name: &str, seed: u64) {
@@ -411,7 +118,9 @@ fn check_with_failures(commands: &[&str], name: &str, seed: u64, one_in: u64) {
     let before = content(&try_open(&path, true).unwrap());
     let (image, recorder, start) = open_recorded(&path, format);
     let mut random = Random(seed);
-    recorder.fail_one_in(one_in, seed);
+    if one_in > 0 {
+        recorder.fail(Failures::OneIn(one_in, Random(seed)));
+    }
     let done = work(&image, &recorder, &mut random, 120);
     let log = recorder.log.lock().unwrap().clone();
     println!(
@@ -534,4 +243,224 @@ fn a_host_that_refuses() {
         );
         check(&["create -f vmdk a.vmdk 2M"], "a.vmdk");
     }
+}
+
+/// Small images, so that a state is quickly made and judged.
+const SMALL: [&[&str]; 10] = [
+    &["create -f qcow2 -o cluster_size=512 a.qcow2 160k"],
+    &["create -f qcow2 -o cluster_size=4k a.qcow2 256k"],
+    &["create -f qcow2 a.qcow2 512k"],
+    &["create -f qcow2 -o compat=0.10,cluster_size=1k -b base.raw -F raw a.qcow2 160k"],
+    &["create -f qcow2 -o cluster_size=4k -b base.raw -F raw a.qcow2 256k"],
+    &["create -f qcow2 -o extended_l2=on,cluster_size=16k -b base.raw -F raw a.qcow2 256k"],
+    &["convert -c -f raw -O qcow2 -o cluster_size=4k base.raw a.qcow2"],
+    &[
+        "convert -f raw -O qcow2 -o cluster_size=4k base.raw a.qcow2",
+        "snapshot -c one a.qcow2",
+    ],
+    &["create -f vmdk -o zeroed_grain=on a.vmdk 512k"],
+    &[
+        "convert -f raw -O vmdk base.raw base.vmdk",
+        "create -f vmdk -b base.vmdk -F vmdk a.vmdk",
+    ],
+];
+
+/// Everything one of these images is made into, in memory of the host where there is some.
+struct Bench {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+    format: Format,
+    start: Vec<u8>,
+    before: Vec<u8>,
+}
+
+impl Bench {
+    fn new(commands: &[&str]) -> Self {
+        let shm = Path::new("/dev/shm");
+        let dir = if shm.is_dir() {
+            tempfile::tempdir_in(shm).unwrap()
+        } else {
+            tempfile::tempdir().unwrap()
+        };
+        fs::write(dir.path().join("base.raw"), pattern(160 << 10, 3)).unwrap();
+        for command in commands {
+            run_in(
+                dir.path(),
+                "qemu-img",
+                &command.split(' ').collect::<Vec<_>>(),
+            );
+        }
+        let last = commands[commands.len() - 1];
+        let name = if last.contains("a.vmdk") {
+            "a.vmdk"
+        } else {
+            "a.qcow2"
+        };
+        let path = dir.path().join(name);
+        Self {
+            format: Format::of_path(&path),
+            start: fs::read(&path).unwrap(),
+            before: content(&try_open(&path, true).unwrap()),
+            path,
+            _dir: dir,
+        }
+    }
+
+    /// Judges one state; its structure only if it is not among those judged already.
+    fn judge(&self, file: &[u8], judged: &mut HashSet<u64>, check: impl Fn(&[u8])) {
+        fs::write(&self.path, file).unwrap();
+        if judged.insert(metadata(file, self.format)) {
+            let name = if self.format == Format::Vmdk {
+                "vmdk"
+            } else {
+                "qcow2"
+            };
+            qemu_check(&self.path, name, true);
+        }
+        let options = options(self.format, true);
+        let image = open(&self.path, &options).unwrap_or_else(|e| panic!("{}", chain(&e)));
+        check(&content(&image));
+    }
+}
+
+/// What qemu-img check looks at: for qcow2 all clusters but those that only hold data.
+fn metadata(file: &[u8], format: Format) -> u64 {
+    let mut hash = DefaultHasher::new();
+    file.len().hash(&mut hash);
+    if format == Format::Vmdk {
+        file.hash(&mut hash);
+        return hash.finish();
+    }
+    let word = |at: usize| {
+        let bytes = file
+            .get(at..at + 8)
+            .map_or([0; 8], |b| b.try_into().unwrap());
+        u64::from_be_bytes(bytes) as usize & 0x00ff_ffff_ffff_fe00
+    };
+    let half = |at: usize| u32::from_be_bytes(file[at..at + 4].try_into().unwrap()) as usize;
+    let cluster = 1 << half(20);
+    let mut take = |at: usize, len: usize| {
+        let end = (at + len).min(file.len());
+        file[at.min(end)..end].hash(&mut hash);
+    };
+    take(0, cluster);
+    take(word(48), half(56) * cluster);
+    take(word(64), if half(60) > 0 { cluster } else { 0 });
+    for block in 0..half(56) * cluster / 8 {
+        let at = word(word(48) + block * 8);
+        take(at, if at > 0 { cluster } else { 0 });
+    }
+    let snapshot = if half(60) > 0 { word(word(64)) } else { 0 };
+    for l1 in [word(40), snapshot].into_iter().filter(|&at| at > 0) {
+        take(l1, half(36) * 8);
+        for index in 0..half(36) {
+            let at = word(l1 + index * 8);
+            take(at, if at > 0 { cluster } else { 0 });
+        }
+    }
+    hash.finish()
+}
+
+/// The file when of the changes since the last sync only those in `arrived` have reached the disk;
+/// what was durable by itself always has, but for the last change, which was under way.
+fn after_reordering(start: &[u8], log: &[Change], arrived: impl Fn(usize) -> bool) -> Vec<u8> {
+    let synced = log.iter().rposition(|c| matches!(c, Change::Sync));
+    let synced = synced.map_or(0, |at| at + 1);
+    let last = log.len().saturating_sub(1);
+    let durable = log[synced..]
+        .iter()
+        .rposition(|c| matches!(c, Change::Write { now: true, .. }))
+        .map_or(0, |at| synced + at + 1);
+    let mut file = start.to_vec();
+    let mut longest = 0;
+    for (at, change) in log.iter().enumerate() {
+        // A durable write takes the size of the file with it.
+        let sure = at < synced
+            || (at < last && matches!(change, Change::Write { now: true, .. }))
+            || (at + 1 < durable && matches!(change, Change::Size(_)));
+        if sure || arrived(at - synced.min(at)) {
+            apply(&mut file, change, 0, usize::MAX);
+        }
+        if at < synced {
+            longest = file.len();
+        }
+    }
+    file.resize(file.len().max(longest), 0);
+    file
+}
+
+/// One short workload: every prefix of its changes, and of the changes since a sync every subset
+/// while they are few, otherwise some.
+fn every_state(bench: &Bench, seed: u64) -> (usize, usize) {
+    const EXHAUSTIVE: usize = 4;
+    fs::write(&bench.path, &bench.start).unwrap();
+    let (image, recorder, start) = open_recorded(&bench.path, bench.format);
+    let mut random = Random(seed);
+    let done = work(&image, &recorder, &mut random, 5);
+    drop(image);
+    let log = recorder.log.lock().unwrap().clone();
+    let (mut judged, mut seen, mut states) = (HashSet::new(), HashSet::new(), 0);
+    let mut judge = |file: Vec<u8>, moment: usize, killed: bool| {
+        let mut hash = DefaultHasher::new();
+        (&file, killed.then_some(moment)).hash(&mut hash);
+        states += 1;
+        if !seen.insert(hash.finish()) {
+            return;
+        }
+        let what = format!(
+            "{:?}, seed {seed}, change {moment}, killed {killed}",
+            bench.path
+        );
+        bench.judge(&file, &mut judged, |read| {
+            check_content(read, &bench.before, &done, moment, killed, &what);
+        });
+    };
+    for moment in 0..=log.len() {
+        let log = &log[..moment];
+        judge(after_kill(&start, log), moment, true);
+        let synced = log.iter().rposition(|c| matches!(c, Change::Sync));
+        let open = moment - synced.map_or(0, |at| at + 1);
+        if open <= EXHAUSTIVE {
+            for subset in 0..1usize << open {
+                let file = after_reordering(&start, log, |at| subset >> at & 1 != 0);
+                judge(file, moment, false);
+            }
+        } else {
+            let subset = random.next();
+            let file = after_reordering(&start, log, |at| subset >> (at % 64) & 1 != 0);
+            judge(file, moment, false);
+            judge(after_power_loss(&start, log, &mut random), moment, false);
+        }
+    }
+    (states, judged.len())
+}
+
+#[test]
+fn every_state_of_short_workloads() {
+    if !has_qemu_img() {
+        return;
+    }
+    let asked = std::env::var("MSB_CRASH_WORKLOADS").ok();
+    let workloads: u64 = asked.and_then(|n| n.parse().ok()).unwrap_or(10);
+    let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
+    let total = Mutex::new((0u64, 0, 0));
+    std::thread::scope(|scope| {
+        for first in 0..threads {
+            let total = &total;
+            scope.spawn(move || {
+                let benches: Vec<Bench> =
+                    SMALL.iter().map(|commands| Bench::new(commands)).collect();
+                for workload in (first..workloads).step_by(threads as usize) {
+                    let bench = &benches[workload as usize % benches.len()];
+                    let (states, judged) = every_state(bench, 7000 + workload);
+                    let mut total = total.lock().unwrap();
+                    *total = (total.0 + 1, total.1 + states, total.2 + judged);
+                    if total.0.is_multiple_of(50) || total.0 == workloads {
+                        let (workloads, states, judged) = *total;
+                        println!("{workloads} workloads: {states} states, {judged} by qemu-img");
+                    }
+                }
+            });
+        }
+    });
 }

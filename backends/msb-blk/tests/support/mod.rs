@@ -1,13 +1,16 @@
 //! What the image tests share: patterns, qemu-img, and opening an image the way the program does.
 
 #![allow(
+    clippy::unwrap_used,
     dead_code,
     missing_docs,
     unreachable_pub,
     reason = "each test uses a part of it"
 )]
 
+pub mod recorder;
 pub mod variants;
+pub mod workload;
 
 use std::path::Path;
 use std::process::{Command, Output};
