@@ -33,6 +33,7 @@ need depmod kmod
 need cc gcc
 need make make
 need git git
+need strace strace
 have_kernel() { [ -f "$folder/kernel/vmlinuz" ] && [ -f "$folder/kernel/modules/modules.dep" ]; }
 
 if [ "${#missing[@]}" -eq 0 ] && have_kernel && [ -x "$folder/busybox" ]; then

@@ -1,5 +1,11 @@
 //! msb-blk over its socket: what a driver writes is in the image, and what it must not is refused.
 
+mod faults;
+mod kills;
+mod references;
+mod requests;
+mod standalone;
+
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -17,6 +23,28 @@ const IOERR: u8 = 1;
 const RO: u64 = 1 << 5;
 const SIZE: u64 = 16 << 20;
 
+/// Where a request's header, its data and its answer lie in guest memory.
+const HEADER: u64 = DATA;
+const BODY: u64 = DATA + 4096;
+const BACK: u64 = DATA + (1 << 20);
+
+fn header(kind: u32, sector: u64) -> Vec<u8> {
+    [
+        kind.to_le_bytes().to_vec(),
+        vec![0; 4],
+        sector.to_le_bytes().to_vec(),
+    ]
+    .concat()
+}
+
+fn has_strace() -> bool {
+    let found = Command::new("strace").arg("-V").output().is_ok();
+    if !found {
+        println!("skipped: strace is not installed");
+    }
+    found
+}
+
 /// A running backend; ended when dropped.
 struct Backend(Child);
 
@@ -29,6 +57,18 @@ impl Drop for Backend {
 }
 
 impl Backend {
+    /// Whether the process still runs.
+    fn is_running(&mut self) -> Result<bool> {
+        Ok(self.0.try_wait()?.is_none())
+    }
+
+    /// Ends it at once, whatever it is doing.
+    fn kill(&mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
+    }
+
     /// Waits for the end that follows that of the front end.
     fn finish(mut self) -> Result<()> {
         let status = self.0.wait()?;

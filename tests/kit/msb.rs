@@ -275,6 +275,11 @@ pub fn kernel() -> PathBuf {
     from_setup("MSB_KERNEL", "kernel")
 }
 
+/// The static busybox that guests and images are made of.
+pub fn busybox() -> PathBuf {
+    from_setup("MSB_BUSYBOX", "busybox")
+}
+
 fn from_setup(variable: &str, name: &str) -> PathBuf {
     std::env::var_os(variable).map_or_else(
         || {
@@ -288,7 +293,7 @@ fn from_setup(variable: &str, name: &str) -> PathBuf {
 
 /// Makes a root file system of static busybox, as a folder and as a tar archive.
 fn rootfs_archive(folder: &Path, archive: &Path) -> Result<()> {
-    let busybox = from_setup("MSB_BUSYBOX", "busybox");
+    let busybox = busybox();
     ensure!(
         busybox.exists(),
         "no static busybox at {}: run `make setup`",
