@@ -62,6 +62,14 @@ fn main() -> Result<()> {
         }
         lines.push(Line::new(row.goal, &contenders, &samples));
     }
+    if census {
+        eprintln!(
+            "  F22 F23 a walk of {} files ({})",
+            options.files,
+            census::NAME
+        );
+        lines.extend(census::lines(&options, folder)?);
+    }
     println!(
         "{}",
         markdown("msb-fs and virtiofsd, queues driven directly", &lines)

@@ -64,22 +64,23 @@ impl Line {
         Self { goal, figures }
     }
 
-    /// How often better our default is than the peer; `None` when one of both is missing.
+    /// How often better our default is than whom the goal names; `None` when one of both is missing.
     pub fn ratio(&self) -> Option<f64> {
-        let ours = self
-            .figures
-            .iter()
-            .find(|(_, role, _)| *role == Role::Judged)?
-            .2;
+        self.ratio_to(|role| match self.goal.against {
+            Against::Default => role == Role::Peer,
+            Against::Tuned => role == Role::TunedPeer,
+            Against::Itself => role == Role::Itself,
+            Against::Native => role == Role::Native,
+            Against::Best => matches!(role, Role::Peer | Role::TunedPeer),
+        })
+    }
+
+    fn ratio_to(&self, whom: impl Fn(Role) -> bool) -> Option<f64> {
+        let judged = |(_, role, _): &&(String, Role, f64)| *role == Role::Judged;
+        let ours = self.figures.iter().find(judged)?.2;
         self.figures
             .iter()
-            .filter(|(_, role, _)| match self.goal.against {
-                Against::Default => *role == Role::Peer,
-                Against::Tuned => *role == Role::TunedPeer,
-                Against::Itself => *role == Role::Itself,
-                Against::Native => *role == Role::Native,
-                Against::Best => matches!(role, Role::Peer | Role::TunedPeer),
-            })
+            .filter(|(_, role, _)| whom(*role))
             .map(|(_, _, theirs)| self.goal.measure.ratio(ours, *theirs))
             .min_by(f64::total_cmp)
     }
@@ -93,17 +94,20 @@ impl Line {
             let text = figure.map_or("–".to_owned(), |(_, _, value)| number(*value));
             write!(line, " {text} |").expect("writing to a string");
         }
-        let against = match goal.against {
-            Against::Default => " of default",
-            Against::Best | Against::Tuned | Against::Itself | Against::Native => "",
-        };
+        // Both are shown, and one is judged.
+        let default = self.ratio_to(|role| role == Role::Peer);
+        let default = default.map_or("–".to_owned(), times);
         let (ratio, verdict) = match self.ratio() {
             None => ("–".to_owned(), "–"),
             Some(ratio) if ratio >= goal.target => (format!("**{}**", times(ratio)), "met"),
             Some(ratio) => (times(ratio), "missed"),
         };
-        write!(line, " {ratio}{against} | ≥ {} | {verdict} |", goal.target)
-            .expect("writing to a string");
+        write!(
+            line,
+            " {default} | {ratio} | ≥ {} | {verdict} |",
+            goal.target
+        )
+        .expect("writing to a string");
         line
     }
 }
@@ -120,9 +124,9 @@ pub fn markdown(title: &str, lines: &[Line]) -> String {
     for label in &labels {
         write!(text, " {label} |").expect("writing to a string");
     }
-    text.push_str(" ratio | target | |\n|---|---|---|");
+    text.push_str(" to default | judged | target | |\n|---|---|---|");
     text.push_str(&"--:|".repeat(labels.len()));
-    text.push_str("--:|--:|---|\n");
+    text.push_str("--:|--:|--:|---|\n");
     for line in lines {
         text.push_str(&line.markdown(&labels));
         text.push('\n');
@@ -209,7 +213,7 @@ mod tests {
         let table = markdown("T", &[line]);
         assert!(
             table.contains(
-                "| X1 | nothing | CPU µs | 1.00 | 9.00 | 4.00 | 3.00 | **3.00** | ≥ 2 | met |"
+                "| X1 | nothing | CPU µs | 1.00 | 9.00 | 4.00 | 3.00 | 4.00 | **3.00** | ≥ 2 | met |"
             ),
             "{table}"
         );

@@ -22,9 +22,9 @@ pub struct Profile {
 const SHARED: &str = "msb-fs";
 const EXCLUSIVE: &str = "msb-fs --exclusive";
 const WRITEBACK: &str = "msb-fs --exclusive --writeback";
-const AUTO: &str = "virtiofsd";
-const ALWAYS: &str = "virtiofsd cache=always";
-const ALWAYS_WRITEBACK: &str = "virtiofsd cache=always, writeback";
+const AUTO: &str = "virtiofsd --xattr";
+const ALWAYS: &str = "virtiofsd --xattr, cache=always";
+const ALWAYS_WRITEBACK: &str = "virtiofsd --xattr, cache=always, writeback";
 
 /// The label of the host's own file system.
 pub const NATIVE: &str = "native";
@@ -68,7 +68,12 @@ pub fn contenders(options: &Options) -> Result<Vec<Contender>> {
         contender.flags.extend(options.extra());
         contender
     };
-    let theirs = |label, more: &[&str]| server(label, peers_dir().join("virtiofsd"), more);
+    let theirs = |label, more: &[&str]| {
+        let mut contender = server(label, peers_dir().join("virtiofsd"), more);
+        // Ours serves extended attributes as well, and the kernel asks for them on its own.
+        contender.flags.push("--xattr".to_owned());
+        contender
+    };
     let mut all = vec![
         ours(SHARED, &[]),
         theirs(AUTO, &[]),
