@@ -10,6 +10,7 @@ mod answer;
 pub mod args;
 pub mod device;
 mod pool;
+pub mod quota;
 pub mod sandbox;
 pub mod session;
 pub mod socket;

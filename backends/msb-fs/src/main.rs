@@ -11,6 +11,7 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 use msb_fs::args::{Args, CAPABILITIES, Config, Socket};
 use msb_fs::device::FsDevice;
+use msb_fs::quota::Account;
 use msb_fs::sandbox;
 use msb_fs::session::Session;
 use msb_fs::socket::{self, PidFile};
@@ -79,6 +80,13 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
         }
         Socket::Descriptor(fd) => (Endpoint::from_fd(*fd)?, None),
     };
+    let account = match &config.quota {
+        Some(quota) if !config.rules.readonly => Some(
+            Account::open(quota.file.as_deref(), quota.bytes, tree.place()?)
+                .map_err(|source| QuotaError { source })?,
+        ),
+        _ => None,
+    };
     let place = tree.place()?;
     let rules = *tree.rules();
     let jail = sandbox::jail(
@@ -93,8 +101,12 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
     let (Some(share), Some(descriptors)) = (report.share.take(), report.descriptors.take()) else {
         return Err("the share was lost on the way into the sandbox".into());
     };
-    let tree = tree.settle(share, descriptors)?;
-    report.seal(&sandbox::calls(rules.readonly, rules.ownership.mode))?;
+    let mut tree = tree.settle(share, descriptors)?;
+    let limited = account.is_some();
+    if let Some(account) = account {
+        tree = tree.limited(account)?;
+    }
+    report.seal(&sandbox::calls(&rules, limited))?;
     for missing in &report.missing {
         tracing::warn!("{}", chain(missing));
     }
@@ -114,6 +126,13 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
     tracing::info!("Waiting for vhost-user socket connection");
     msb_vhost::serve(&endpoint, &Arc::new(device), options)?;
     Ok(())
+}
+
+/// The account of the quota cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open the account of --quota")]
+struct QuotaError {
+    source: std::io::Error,
 }
 
 /// Lets the process hold a descriptor for every file that the guest knows, and gives new files

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use msb_vhost::jail::{Call, CapabilitySet, Check, Identity, Jail, Root, SandboxMode};
 
 use crate::sys::SYS_GETXATTRAT;
-use crate::tree::StatVirt;
+use crate::tree::{Rules, StatVirt};
 
 /// The jail of a file server for the share behind `source`, which belongs to `owner`. `open_files`
 /// bounds the descriptors.
@@ -53,11 +53,14 @@ fn makes_special_files(ownership: StatVirt) -> bool {
 
 /// The system calls of the file server, beyond those every backend has. A read-only share has
 /// none that changes a file.
-pub fn calls(read_only: bool, ownership: StatVirt) -> Vec<Call> {
+pub fn calls(rules: &Rules, limited: bool) -> Vec<Call> {
     let mut calls = READING.to_vec();
-    if !read_only {
+    if limited {
+        calls.extend_from_slice(LOCKING);
+    }
+    if !rules.readonly {
         calls.extend_from_slice(WRITING);
-        if makes_special_files(ownership) {
+        if makes_special_files(rules.ownership.mode) {
             calls.extend_from_slice(SPECIAL);
         }
     }
@@ -113,6 +116,12 @@ const WRITING: &[Call] = &[
     Call::any(libc::SYS_fsetxattr),
     Call::any(libc::SYS_removexattr),
     Call::any(libc::SYS_fremovexattr),
+];
+
+/// Locks of open file descriptions.
+const LOCKING: &[Call] = &[
+    Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_SETLK as u64)),
+    Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_SETLKW as u64)),
 ];
 
 /// Pipes, sockets, and the device 0:0, which is none.

@@ -14,9 +14,9 @@ macro_rules! opcodes {
 
 opcodes! {
     LOOKUP = 1 FORGET = 2 GETATTR = 3 SETATTR = 4 SYMLINK = 6 MKNOD = 8 MKDIR = 9 UNLINK = 10
-    RMDIR = 11 RENAME = 12 LINK = 13 OPEN = 14 READ = 15 WRITE = 16 RELEASE = 18 SETXATTR = 21
+    RMDIR = 11 RENAME = 12 LINK = 13 OPEN = 14 READ = 15 WRITE = 16 STATFS = 17 RELEASE = 18 SETXATTR = 21
     GETXATTR = 22 LISTXATTR = 23 REMOVEXATTR = 24 INIT = 26 CREATE = 35 IOCTL = 39 FALLOCATE = 43
-    RENAME2 = 45 STATX = 52
+    RENAME2 = 45 COPY_FILE_RANGE = 47 STATX = 52
 }
 
 /// Where answers lie in guest memory.
@@ -25,17 +25,22 @@ const SPACE: u32 = 1 << 20;
 
 /// A server and the client that is connected to it.
 pub(super) struct Server {
-    pub(super) child: Child,
+    pub(super) child: Reaped,
     front: FrontEnd,
     /// Who asks: user and group.
     pub(super) caller: (u32, u32),
 }
 
-impl Drop for Server {
+/// A process that does not outlive the test.
+pub(super) struct Reaped(Option<Child>);
+
+impl Drop for Reaped {
     fn drop(&mut self) {
-        // It may have ended with its front end already.
-        self.child.kill().ok();
-        self.child.wait().ok();
+        if let Some(child) = &mut self.0 {
+            // It may have ended with its front end already.
+            child.kill().ok();
+            child.wait().ok();
+        }
     }
 }
 
@@ -129,6 +134,7 @@ impl Server {
 
     /// Connects to a server that was just started.
     pub(super) fn connect(child: Child, socket: &Path) -> Result<Self> {
+        let child = Reaped(Some(child));
         let mut server = Self {
             child,
             front: FrontEnd::connect(socket, 8 << 20)?,
@@ -137,6 +143,32 @@ impl Server {
         server.front.start(2, 128, EVENT_IDX)?;
         server.init()?;
         Ok(server)
+    }
+
+    /// A client over a front end that has begun already.
+    pub(super) fn over(child: Child, front: FrontEnd) -> Self {
+        Self {
+            child: Reaped(Some(child)),
+            front,
+            caller: (0, 0),
+        }
+    }
+
+    pub(super) fn front(&mut self) -> &mut FrontEnd {
+        &mut self.front
+    }
+
+    /// Disconnects; the process is left to itself.
+    pub(super) fn hang_up(mut self) -> Child {
+        self.child
+            .0
+            .take()
+            .expect("a server is started with a process")
+    }
+
+    /// Ends the process at once.
+    pub(super) fn kill(&mut self) {
+        drop(std::mem::replace(&mut self.child, Reaped(None)));
     }
 
     /// Begins a session as Linux does.

@@ -8,6 +8,8 @@ use tempfile::TempDir;
 
 mod attributes;
 mod client;
+mod dropin;
+mod quota;
 
 use client::*;
 

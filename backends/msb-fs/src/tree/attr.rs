@@ -1,6 +1,6 @@
 //! Attributes: getting, setting and checking them.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::fs::{
@@ -12,6 +12,7 @@ use zerocopy::FromZeros;
 use super::overlay::without_special;
 use super::table::{Cold, Found, Node};
 use super::{Caller, FILE_ID, Result, StatVirt, Tree};
+use crate::quota::{BLOCK, Room, Tally};
 use crate::sys;
 use crate::wire::abi::{Attr, AttrOut, ROOT_ID, SetattrIn, StatxOut, Time, set};
 
@@ -232,18 +233,22 @@ impl Tree {
             FileType::Directory => return Err(Errno::ISDIR),
             _ => return Err(Errno::INVAL),
         }
+        let cut = |fd: BorrowedFd<'_>| {
+            let cut = |_: &mut Tally| rustix::fs::ftruncate(fd, size);
+            self.within(&[fd], Room::Fixed(0, 0), cut)
+        };
         if let Some(fd) = fd {
-            match rustix::fs::ftruncate(fd, size) {
+            match cut(fd) {
                 // Not opened for writing.
                 Err(Errno::INVAL | Errno::BADF) => {}
                 result => return result,
             }
         }
         if node.writable {
-            return rustix::fs::ftruncate(&node.file, size);
+            return cut(node.fd());
         }
         let file = self.reopen(node, rustix::fs::OFlags::RDWR)?;
-        rustix::fs::ftruncate(file, size)
+        cut(file.as_fd())
     }
 
     /// Whether `caller` may do what `mask` asks for (R 4, W 2, X 1).
@@ -273,7 +278,26 @@ impl Tree {
     pub fn statfs(&self, id: u64) -> Result<StatVfs> {
         // The root of a single-file mount is no node, but its directory tells as much.
         let id = if self.is_single() { FILE_ID } else { id };
-        rustix::fs::fstatvfs(&self.node(id)?.file)
+        let found = rustix::fs::fstatvfs(&self.node(id)?.file)?;
+        let Some(account) = &self.account else {
+            return Ok(found);
+        };
+        // The budget, and no more than the host has left.
+        let (limit, used) = account.state();
+        let host = found.f_bavail.saturating_mul(found.f_frsize.max(1));
+        let left = limit.bytes.saturating_sub(used.bytes).min(host) / BLOCK;
+        let inodes = limit.inodes.saturating_sub(used.inodes);
+        Ok(StatVfs {
+            f_bsize: BLOCK,
+            f_frsize: BLOCK,
+            f_blocks: limit.bytes / BLOCK,
+            f_bfree: left,
+            f_bavail: left,
+            f_files: limit.inodes,
+            f_ffree: inodes,
+            f_favail: inodes,
+            ..found
+        })
     }
 }
 

@@ -11,6 +11,7 @@ use super::lookup::moved;
 use super::table::{Access, FileHandle, Node, Place};
 use super::xattr::inherit_lists;
 use super::{Caller, Result, StatVirt, Tree, entry_name};
+use crate::quota::{Account, BLOCK, Room, Tally};
 use crate::sys::{self, Stat};
 use crate::wire::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut, oflag};
 use crate::wire::acl::Acl;
@@ -51,7 +52,7 @@ impl Tree {
         let parent = self.directory(parent)?;
         let mode = S_IFREG | (args.mode & 0o7777);
         let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
-        match self.make_file(&parent, name, &shape) {
+        match self.make_file(&parent, name, &shape, b"") {
             Ok((file, stat)) => {
                 let (entry, node, spare) =
                     self.enter(&stat, file, Some(Place::new(parent.id, name)))?;
@@ -91,8 +92,13 @@ impl Tree {
         let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         let flags = OFlags::RDWR | OFlags::TMPFILE;
         let mode = self.host_mode(shape.mode);
-        let file = self.with_room(|| sys::open_in(&parent.file, c".", flags, mode))?;
-        self.dress(file.as_fd(), &shape)?;
+        // Its space is charged when the node is made, for it has no name.
+        let one = Room::Fixed(1, 1);
+        let file = self.within(&[], one, |_| {
+            let file = self.with_room(|| sys::open_in(&parent.file, c".", flags, mode))?;
+            self.dress(file.as_fd(), &shape)?;
+            Ok(file)
+        })?;
         let stat = sys::stat(&file)?;
         let (entry, node, own) = self.enter(&stat, file, None)?;
         let handle = FileHandle {
@@ -123,17 +129,21 @@ impl Tree {
             shape.mode |= S_ISGID;
         }
         let host = self.host_mode(shape.mode);
-        rustix::fs::mkdirat(&parent.file, name, rustix::fs::Mode::from_raw_mode(host))?;
-        let undo = |error| {
-            rustix::fs::unlinkat(&parent.file, name, AtFlags::REMOVEDIR).ok();
-            error
-        };
-        let stat = sys::stat_in(&parent.file, name)?;
-        let (file, stat, _) = self.open_known(&parent.file, name, &stat).map_err(undo)?;
-        if stat.kind() != FileType::Directory {
-            return Err(Errno::STALE);
-        }
-        self.dress(file.as_fd(), &shape).map_err(undo)?;
+        let file = self.within(&[parent.fd()], Room::Fixed(BLOCK, 1), |tally| {
+            rustix::fs::mkdirat(&parent.file, name, rustix::fs::Mode::from_raw_mode(host))?;
+            let undo = |error| {
+                rustix::fs::unlinkat(&parent.file, name, AtFlags::REMOVEDIR).ok();
+                error
+            };
+            let stat = sys::stat_in(&parent.file, name)?;
+            let (file, stat, _) = self.open_known(&parent.file, name, &stat).map_err(undo)?;
+            if stat.kind() != FileType::Directory {
+                return Err(Errno::STALE);
+            }
+            self.dress(file.as_fd(), &shape).map_err(undo)?;
+            tally.made(&file)?;
+            Ok(file)
+        })?;
         let stat = sys::stat(&file)?;
         let place = Some(Place::new(parent.id, name));
         let (node, _) = self.nodes.insert(&stat, file, Access::Read, place)?;
@@ -177,7 +187,7 @@ impl Tree {
             _ => return Err(Errno::INVAL),
         }
         let shape = self.shape(&parent, (mode, args.umask), args.rdev, caller)?;
-        let (file, stat) = self.make_file(&parent, name, &shape)?;
+        let (file, stat) = self.make_file(&parent, name, &shape, b"")?;
         Ok(self
             .enter(&stat, file, Some(Place::new(parent.id, name)))?
             .0)
@@ -187,13 +197,17 @@ impl Tree {
     fn make_special(&self, parent: &Node, name: &CStr, shape: &Shape) -> Result<EntryOut> {
         let kind = FileType::from_raw_mode(shape.mode);
         let mode = rustix::fs::Mode::from_raw_mode(shape.mode & 0o7777);
-        rustix::fs::mknodat(&parent.file, name, kind, mode, 0)?;
-        let place = sys::open_in(&parent.file, name, OFlags::PATH, 0);
-        let dressed = place.and_then(|place| self.dress(place.as_fd(), shape));
-        if let Err(error) = dressed {
-            rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
-            return Err(error);
-        }
+        self.within(&[parent.fd()], Room::Fixed(1, 1), |tally| {
+            rustix::fs::mknodat(&parent.file, name, kind, mode, 0)?;
+            let place = sys::open_in(&parent.file, name, OFlags::PATH, 0);
+            let dressed = place.and_then(|place| {
+                self.dress(place.as_fd(), shape)?;
+                tally.made(&place)
+            });
+            dressed.inspect_err(|_| {
+                rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
+            })
+        })?;
         let (id, attr) = self.resolve(parent, name)?;
         Ok(self.entry(id, attr))
     }
@@ -216,20 +230,18 @@ impl Tree {
         let mut shape = self.shape(&parent, (S_IFLNK | 0o777, 0), 0, caller)?;
         shape.lists = None;
         if self.overlay.mode() != StatVirt::Strict {
-            rustix::fs::symlinkat(target, &parent.file, name)?;
-            if self.overlay.gives_away() {
-                sys::chown_in(&parent.file, name, shape.owner.uid, shape.owner.gid)?;
-            }
+            self.within(&[parent.fd()], Room::Fixed(BLOCK, 1), |tally| {
+                rustix::fs::symlinkat(target, &parent.file, name)?;
+                if self.overlay.gives_away() {
+                    sys::chown_in(&parent.file, name, shape.owner.uid, shape.owner.gid)?;
+                }
+                tally.made_as(&sys::stat_in(&parent.file, name)?);
+                Ok(())
+            })?;
             let (id, attr) = self.resolve(&parent, name)?;
             return Ok(self.entry(id, attr));
         }
-        let (file, _) = self.make_file(&parent, name, &shape)?;
-        let written = rustix::io::pwrite(&file, target.to_bytes(), 0);
-        if written != Ok(target.to_bytes().len()) {
-            rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
-            return Err(written.err().unwrap_or(Errno::NOSPC));
-        }
-        let stat = sys::stat(&file)?;
+        let (file, stat) = self.make_file(&parent, name, &shape, target.to_bytes())?;
         Ok(self
             .enter(&stat, file, Some(Place::new(parent.id, name)))?
             .0)
@@ -266,7 +278,9 @@ impl Tree {
             return Err(Errno::PERM);
         }
         let from = sys::fd_path(node.fd());
-        rustix::fs::linkat(CWD, from, &parent.file, name, AtFlags::SYMLINK_FOLLOW)?;
+        self.within(&[parent.fd(), node.fd()], Room::Fixed(1, 0), |_| {
+            rustix::fs::linkat(CWD, from, &parent.file, name, AtFlags::SYMLINK_FOLLOW)
+        })?;
         let (id, attr) = self.resolve(&parent, name)?;
         Ok(self.entry(id, attr))
     }
@@ -281,7 +295,16 @@ impl Tree {
             AtFlags::empty()
         };
         let held = self.hold(&parent, name);
-        rustix::fs::unlinkat(&parent.file, name, flags)?;
+        match self.victim(&parent, name)? {
+            None => rustix::fs::unlinkat(&parent.file, name, flags)?,
+            Some((account, victim)) => {
+                let touched = [parent.fd(), victim.as_fd()];
+                account.change(&touched, Room::Fixed(0, 0), |tally| {
+                    rustix::fs::unlinkat(&parent.file, name, flags)?;
+                    account.unlinked(&victim, directory, tally)
+                })?;
+            }
+        }
         if let Some(node) = held {
             node.leave(parent.id, name);
         }
@@ -303,8 +326,26 @@ impl Tree {
             return Err(Errno::INVAL);
         }
         let held = (self.hold(&from, old), self.hold(&to, new));
-        self.rename_on_host((&from, old), (&to, new), flags)?;
         let exchanged = flags.contains(RenameFlags::EXCHANGE);
+        match self.victim(&to, new) {
+            // Nothing is replaced.
+            Ok(None) | Err(Errno::NOENT) => {
+                let longer = from.id != to.id || new.to_bytes().len() > old.to_bytes().len();
+                let room = Room::Fixed(u64::from(longer), 0);
+                self.within(&[from.fd(), to.fd()], room, |tally| {
+                    self.rename_on_host((&from, old), (&to, new), flags, tally)
+                })?;
+            }
+            Ok(Some((account, victim))) => {
+                let touched = [from.fd(), to.fd(), victim.as_fd()];
+                account.change(&touched, Room::Fixed(0, 0), |tally| {
+                    self.rename_on_host((&from, old), (&to, new), flags, tally)?;
+                    let empty = sys::stat(&victim)?.kind() == FileType::Directory;
+                    account.unlinked(&victim, empty && !exchanged, tally)
+                })?;
+            }
+            Err(error) => return Err(error),
+        }
         moved(held, (from.id, old), (to.id, new), exchanged);
         Ok(())
     }
@@ -314,6 +355,7 @@ impl Tree {
         (from, old): (&Node, &CStr),
         (to, new): (&Node, &CStr),
         flags: RenameFlags,
+        tally: &mut Tally,
     ) -> Result<()> {
         if !flags.contains(RenameFlags::WHITEOUT) || self.overlay.is_off() {
             return rustix::fs::renameat_with(&from.file, old, &to.file, new, flags);
@@ -327,8 +369,11 @@ impl Tree {
             rdev: 0,
             lists: None,
         };
-        match self.make_file(from, old, &whiteout) {
-            Ok(_) => Ok(()),
+        match self.make_on_host(from, old, &whiteout, b"") {
+            Ok((_, stat)) => {
+                tally.made_as(&stat);
+                Ok(())
+            }
             // Both names are links of one file: there was nothing to do.
             Err(Errno::EXIST) => Ok(()),
             Err(error) => {
@@ -400,8 +445,30 @@ impl Tree {
         }
     }
 
-    /// Creates a regular host file that did not exist, and gives it its attributes.
-    fn make_file(&self, parent: &Node, name: &CStr, shape: &Shape) -> Result<(OwnedFd, Stat)> {
+    /// Creates a regular host file that did not exist, with this content, and gives it its
+    /// attributes.
+    fn make_file(
+        &self,
+        parent: &Node,
+        name: &CStr,
+        shape: &Shape,
+        content: &[u8],
+    ) -> Result<(OwnedFd, Stat)> {
+        let bytes = if content.is_empty() { 1 } else { BLOCK };
+        self.within(&[parent.fd()], Room::Fixed(bytes, 1), |tally| {
+            let made = self.make_on_host(parent, name, shape, content)?;
+            tally.made_as(&made.1);
+            Ok(made)
+        })
+    }
+
+    fn make_on_host(
+        &self,
+        parent: &Node,
+        name: &CStr,
+        shape: &Shape,
+        content: &[u8],
+    ) -> Result<(OwnedFd, Stat)> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
         let mode = self.host_mode(shape.mode);
         let file = self.with_room(|| sys::open_in(&parent.file, name, flags, mode))?;
@@ -409,8 +476,24 @@ impl Tree {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
             return Err(error);
         }
+        if !content.is_empty() {
+            let written = rustix::io::pwrite(&file, content, 0);
+            if written != Ok(content.len()) {
+                rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
+                return Err(written.err().unwrap_or(Errno::NOSPC));
+            }
+        }
         let stat = sys::stat(&file)?;
         Ok((file, stat))
+    }
+
+    /// What bears a name that is about to be taken away from it, when space is accounted for.
+    fn victim(&self, parent: &Node, name: &CStr) -> Result<Option<(&Account, OwnedFd)>> {
+        let Some(account) = &self.account else {
+            return Ok(None);
+        };
+        let file = self.with_room(|| sys::open_in(&parent.file, name, OFlags::PATH, 0))?;
+        Ok(Some((account, file)))
     }
 
     /// Gives a new inode its attributes.

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::table::{FileHandle, Node};
 use super::{Caching, Result, Tree};
+use crate::quota::{Account, BLOCK, Room, Tally};
 use crate::sys::{self, Stat};
 use crate::wire::abi::{
     CopyFileRangeIn, FallocateIn, LseekIn, OPEN_KILL_SUIDGID, OpenOut, WRITE_CACHE,
@@ -97,7 +98,8 @@ impl Tree {
             append: flags & oflag::APPEND != 0 && !self.rules.writeback,
         };
         if truncate {
-            rustix::fs::ftruncate(handle.fd(), 0)?;
+            let cut = |_: &mut Tally| rustix::fs::ftruncate(handle.fd(), 0);
+            self.within(&[handle.fd()], Room::Fixed(0, 0), cut)?;
             if open_flags & OPEN_KILL_SUIDGID != 0 {
                 self.overlay.drop_special(&handle.node)?;
             }
@@ -234,20 +236,13 @@ impl Tree {
         }
         // What the guest writes back from its page cache has its place already.
         let append = handle.appends() && args.write_flags & WRITE_CACHE == 0;
-        let flags = if append { RWF_APPEND } else { 0 };
-        let mut done = 0;
-        while done < size {
-            let at = u64::try_from(done)
-                .ok()
-                .and_then(|done| args.offset.checked_add(done));
-            let at = at.ok_or(Errno::FBIG)?;
-            match from.pwrite(handle.fd(), size - done, at, flags) {
-                Ok(0) => break,
-                Ok(count) => done += count,
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(errno(&error)),
+        let done = match &self.account {
+            None => put(from, handle.fd(), (args.offset, size), append)?,
+            Some(account) => {
+                let place = (args.offset, size);
+                write_limited(account, from, handle.fd(), place, append, args.write_flags)?
             }
-        }
+        };
         if args.write_flags & WRITE_KILL_SUIDGID != 0 {
             self.overlay.drop_special(handle.node())?;
         }
@@ -282,7 +277,18 @@ impl Tree {
     pub fn fallocate(&self, id: u64, args: &FallocateIn) -> Result<()> {
         let handle = self.handle(id, args.fh, true)?;
         let mode = FallocateFlags::from_bits(args.mode).ok_or(Errno::OPNOTSUPP)?;
-        rustix::fs::fallocate(handle.fd(), mode, args.offset, args.length)
+        let end = args.offset.checked_add(args.length).ok_or(Errno::FBIG)?;
+        let frees = FallocateFlags::PUNCH_HOLE
+            | FallocateFlags::COLLAPSE_RANGE
+            | FallocateFlags::INSERT_RANGE;
+        let room = if mode.intersects(frees) {
+            Room::Fixed(0, 0)
+        } else {
+            Room::Between(args.offset, end)
+        };
+        self.within(&[handle.fd()], room, |_| {
+            rustix::fs::fallocate(handle.fd(), mode, args.offset, args.length)
+        })
     }
 
     /// Finds the next data or hole of a file.
@@ -306,14 +312,78 @@ impl Tree {
         let (mut at_from, mut at_to) = (args.off_in, args.off_out);
         // The reply has 32 bits; the guest asks again for the rest.
         let len = usize::try_from(args.len.min(1 << 30)).map_err(|_| Errno::INVAL)?;
-        let done = rustix::fs::copy_file_range(
-            from.fd(),
-            Some(&mut at_from),
-            to.fd(),
-            Some(&mut at_to),
-            len,
-        )?;
+        let mut copy = |len: usize| {
+            let (from, at_from) = (from.fd(), Some(&mut at_from));
+            rustix::fs::copy_file_range(from, at_from, to.fd(), Some(&mut at_to), len)
+        };
+        let done = if self.account.is_some() {
+            // There is no more to copy than the source has.
+            let source = sys::stat(from.fd())?.st_size.saturating_sub(args.off_in);
+            let len = len.min(usize::try_from(source).unwrap_or(usize::MAX));
+            let end = args.off_out.checked_add(len as u64).ok_or(Errno::FBIG)?;
+            let room = Room::Between(args.off_out, end);
+            self.within(&[to.fd()], room, |_| copy(len))?
+        } else {
+            copy(len)?
+        };
         u32::try_from(done).map_err(|_| Errno::IO)
+    }
+}
+
+/// Writes the front of `from` to `fd`, at a position or at the end of the file; fewer bytes when the
+/// host has no room for more.
+fn put(
+    from: &mut Segments,
+    fd: BorrowedFd<'_>,
+    (offset, size): (u64, usize),
+    append: bool,
+) -> Result<usize> {
+    let flags = if append { RWF_APPEND } else { 0 };
+    let mut done = 0;
+    while done < size {
+        let at = u64::try_from(done)
+            .ok()
+            .and_then(|done| offset.checked_add(done));
+        let at = at.ok_or(Errno::FBIG)?;
+        match from.pwrite(fd, size - done, at, flags) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(_) if done > 0 => break,
+            Err(error) => return Err(errno(&error)),
+        }
+    }
+    Ok(done)
+}
+
+/// The same within a limit of space: what fits when not all does.
+fn write_limited(
+    account: &Account,
+    from: &mut Segments,
+    fd: BorrowedFd<'_>,
+    (offset, mut size): (u64, usize),
+    append: bool,
+    flags: u32,
+) -> Result<usize> {
+    loop {
+        let start = if append {
+            sys::stat(fd)?.st_size
+        } else {
+            offset
+        };
+        let end = start.checked_add(size as u64).ok_or(Errno::FBIG)?;
+        let result = account.change(&[fd], Room::Between(start, end), |_| {
+            put(from, fd, (offset, size), append)
+        });
+        if result != Err(Errno::NOSPC) || flags & WRITE_CACHE != 0 {
+            return result;
+        }
+        // Up to the end of the block that is there already, and what blocks are left.
+        let tail = start.next_multiple_of(BLOCK) - start;
+        let fits = tail.saturating_add(account.left() / BLOCK * BLOCK);
+        match usize::try_from(fits) {
+            Ok(fits) if fits > 0 && fits < size => size = fits,
+            _ => return result,
+        }
     }
 }
 

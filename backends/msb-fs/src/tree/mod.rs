@@ -11,7 +11,7 @@ mod xattr;
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +28,7 @@ pub use self::dir::Wanted;
 use self::overlay::Overlay;
 pub use self::overlay::{KEY, Override, Ownership, StatVirt};
 use self::table::{Access, Found, HandleTable, Listings, Node, NodeTable};
+use crate::quota::{Account, Room, Tally};
 use crate::sys;
 use crate::wire::abi::ROOT_ID;
 
@@ -144,6 +145,7 @@ pub struct Tree {
     /// Times of change are finer than a tick of the clock.
     fine_times: bool,
     single: Option<Single>,
+    account: Option<Arc<Account>>,
 }
 
 impl Tree {
@@ -220,6 +222,7 @@ impl Tree {
             overlay,
             rules,
             single,
+            account: None,
         })
     }
 
@@ -274,6 +277,32 @@ impl Tree {
         };
         self.nodes = NodeTable::new(&stat, share, access, budget());
         Ok(self)
+    }
+
+    /// Keeps the space of the tree within the limit of `account`.
+    ///
+    /// # Errors
+    ///
+    /// When no more descriptors can be had.
+    pub fn limited(mut self, account: Account) -> io::Result<Self> {
+        let account = Arc::new(account.seen_through(self.place()?));
+        self.nodes.account_with(Arc::clone(&account));
+        self.account = Some(account);
+        Ok(self)
+    }
+
+    /// Carries out `change`, which may alter the space that the files `touched` take, within the
+    /// limit if there is one.
+    fn within<T>(
+        &self,
+        touched: &[BorrowedFd<'_>],
+        room: Room,
+        change: impl FnOnce(&mut Tally) -> Result<T>,
+    ) -> Result<T> {
+        match &self.account {
+            Some(account) => account.change(touched, room, change),
+            None => change(&mut Tally::default()),
+        }
     }
 
     /// How the tree is served.

@@ -14,11 +14,15 @@ use rustix::path::Arg;
 use super::overlay::PREFIX;
 use super::table::Node;
 use super::{Caller, Result, Tree};
+use crate::quota::Room;
 use crate::sys;
 use crate::wire::acl::{self, Acl};
 
 /// Longest value, the kernel's XATTR_SIZE_MAX.
 const VALUE_MAX: usize = 1 << 16;
+/// Names and values of one file together, where space is limited: an inode is charged as much, and
+/// not all hosts count them among its blocks.
+const ATTRIBUTES_MAX: usize = 4096;
 /// Longest name.
 const NAME_MAX: usize = 255;
 
@@ -69,7 +73,17 @@ impl Tree {
         if !self.overlay.is_off() && self.is_list(name.to_bytes()) {
             return self.set_list(&node, &key, value, caller);
         }
-        let result = sys::setxattr(node.fd(), key.as_c_str(), value, flags);
+        let result = if self.account.is_some() {
+            self.within(&[node.fd()], Room::Fixed(1, 0), |_| {
+                let others = attributes(node.fd(), &key)?;
+                if others + key.as_bytes().len() + value.len() > ATTRIBUTES_MAX {
+                    return Err(Errno::NOSPC);
+                }
+                sys::setxattr(node.fd(), key.as_c_str(), value, flags)
+            })
+        } else {
+            sys::setxattr(node.fd(), key.as_c_str(), value, flags)
+        };
         self.cannot_hold(&node, name, result)
     }
 
@@ -185,6 +199,19 @@ impl Tree {
         }
         CString::new(key).map_err(|_| Errno::INVAL)
     }
+}
+
+/// Length of all attributes of a file but `key`.
+fn attributes(file: BorrowedFd<'_>, key: &CStr) -> Result<usize> {
+    let list = sys::listxattr(file)?;
+    let names = list.split_inclusive(|byte| *byte == 0);
+    let mut total = 0;
+    for name in names.filter_map(|name| CStr::from_bytes_with_nul(name).ok()) {
+        if name != key {
+            total += name.to_bytes().len() + sys::getxattr(file, name, &mut [])?;
+        }
+    }
+    Ok(total)
 }
 
 /// The value of an attribute of the host.

@@ -406,7 +406,7 @@ impl Run<'_> {
     fn change(&mut self) {
         let (ino, node) = self.pick_any();
         let value = u32::try_from(self.bytes.next()).unwrap();
-        let (found, wanted) = if self.bytes.next() % 2 == 0 {
+        let (found, wanted) = if self.bytes.next().is_multiple_of(2) {
             let mode = value << 4 & 0o7777;
             (
                 self.setattr(node, 1, 0, mode, (0, 0)),
@@ -497,7 +497,7 @@ impl Run<'_> {
             // The guest's kernel lists no directory that is gone.
             return;
         }
-        let plus = self.bytes.next() % 2 == 0;
+        let plus = self.bytes.next().is_multiple_of(2);
         // Where both agreed on it, directories are listed without opening.
         let opened = self.ask(27, node, &words(&[0, 0]));
         let unopened = opened == Err(ENOSYS);

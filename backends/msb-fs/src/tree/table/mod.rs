@@ -26,6 +26,7 @@ pub(crate) use self::handle::{DirHandle, FileHandle, HandleTable, Listings, Stre
 pub(crate) use self::node::{Access, Cold, Facts, Key, Node, Place, is_grown, is_settled, key};
 use self::slab::{Slab, lock};
 use super::Result;
+use crate::quota::Account;
 use crate::sys::Stat;
 use crate::wire::abi::ROOT_ID;
 
@@ -78,6 +79,8 @@ pub(crate) struct NodeTable {
     hand: AtomicU32,
     /// How many nodes may be live.
     budget: usize,
+    /// Who is told which inodes are open.
+    account: Option<Arc<Account>>,
 }
 
 impl NodeTable {
@@ -91,10 +94,16 @@ impl NodeTable {
             cold: AtomicUsize::new(0),
             hand: AtomicU32::new(0),
             budget,
+            account: None,
         };
         // The first number that a slab gives is that of the root.
         table.insert(stat, file, access, None).ok();
         table
+    }
+
+    /// Tells `account` from now on which inodes are open.
+    pub(crate) fn account_with(&mut self, account: Arc<Account>) {
+        self.account = Some(account);
     }
 
     /// The node `id`.
@@ -193,7 +202,8 @@ impl NodeTable {
     ) -> Result<(Arc<Node>, Option<OwnedFd>)> {
         let mut made = None;
         let id = self.slab.insert(|id| {
-            let node = Arc::new(Node::with(id, stat, file, access, Facts::new(place)));
+            let node = Node::with(id, stat, file, access, Facts::new(place));
+            let node = Arc::new(node.under(self.account.as_ref()));
             made = Some(Arc::clone(&node));
             Entry {
                 lookups: 1,
@@ -271,7 +281,8 @@ impl NodeTable {
             Body::Cold(cold) => cold.facts.clone(),
             Body::Gone => return None,
         };
-        let node = Arc::new(Node::with(id, stat, file, access, facts));
+        let node = Node::with(id, stat, file, access, facts);
+        let node = Arc::new(node.under(self.account.as_ref()));
         entry.body = Body::Live(Arc::clone(&node));
         self.cold.fetch_sub(1, Ordering::Relaxed);
         self.live.fetch_add(1, Ordering::Relaxed);

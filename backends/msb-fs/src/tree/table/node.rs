@@ -3,13 +3,14 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 use smallvec::SmallVec;
 
 use super::slab::lock;
+use crate::quota::{Account, Presence};
 use crate::sys::Stat;
 use crate::tree::overlay::Override;
 
@@ -184,6 +185,16 @@ pub(crate) struct Node {
     writer: OnceLock<OwnedFd>,
     used: AtomicBool,
     facts: Mutex<Facts>,
+    /// Says to the other servers of a quota that the inode is open.
+    presence: Option<Presence>,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(presence) = self.presence.take() {
+            presence.leave(&self.file);
+        }
+    }
 }
 
 impl Node {
@@ -202,7 +213,14 @@ impl Node {
             writer: OnceLock::new(),
             used: AtomicBool::new(true),
             facts: Mutex::new(facts),
+            presence: None,
         }
+    }
+
+    /// The node as one whose space is accounted for.
+    pub(super) fn under(mut self, account: Option<&Arc<Account>>) -> Self {
+        self.presence = account.and_then(|account| account.enter(&self.file));
+        self
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
