@@ -91,7 +91,7 @@ fn every_process_of_a_sandbox_is_locked_in() -> Result<()> {
             .context("CapEff")?;
         if name.starts_with("msb-") {
             assert_eq!(process["environment"], 0, "{process}");
-            with_capabilities += usize::from(effective.trim_start_matches('0') != "");
+            with_capabilities += usize::from(!effective.trim_start_matches('0').is_empty());
         } else {
             // The VMM: at most root's power over files, bounded by Landlock.
             ensure!(

@@ -248,7 +248,7 @@ impl Tree {
     /// When the share cannot be looked at.
     pub fn owner(&self) -> io::Result<(u32, u32)> {
         const OTHERS_SEARCH: u32 = 0o001;
-        let folder = rustix::fs::fstat(self.place()?)?;
+        let folder = sys::stat(self.place()?)?;
         let owner = match &self.single {
             // Whoever owns the file may not be able to enter its folder.
             Some(single) if folder.st_mode & OTHERS_SEARCH != 0 => {
