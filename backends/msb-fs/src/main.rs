@@ -20,6 +20,8 @@ use msb_vhost::jail;
 use msb_vhost::{Endpoint, Options};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+/// With fewer descriptors nothing can be served.
+const FEWEST_FILES: u64 = 128;
 /// Limit of descriptors where the host sets none.
 const OPEN_FILES: u64 = 1 << 20;
 
@@ -67,7 +69,7 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
     for remark in &config.remarks {
         tracing::warn!("{remark}");
     }
-    raise_limits();
+    set_limits(config.open_files);
     let tree = Tree::new(&config.source, config.rules)?;
     let (endpoint, _pid_file) = match &config.socket {
         Socket::Path(path) => {
@@ -95,7 +97,7 @@ fn run(config: &Config) -> Result<(), Box<dyn Error>> {
         rules.readonly,
         rules.ownership.mode,
         tree.owner()?,
-        getrlimit(Resource::Nofile).maximum.unwrap_or(OPEN_FILES),
+        getrlimit(Resource::Nofile).current.unwrap_or(OPEN_FILES),
     );
     let mut report = jail::enter(jail)?;
     let (Some(share), Some(descriptors)) = (report.share.take(), report.descriptors.take()) else {
@@ -135,16 +137,20 @@ struct QuotaError {
     source: std::io::Error,
 }
 
-/// Lets the process hold a descriptor for every file that the guest knows, and gives new files
+/// Sets how many descriptors the process may hold, and gives new files
 /// the modes that they are created with.
-fn raise_limits() {
+fn set_limits(wanted: Option<u64>) {
     let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
+    let current = match wanted {
+        Some(0) => limit.current,
+        Some(wanted) => {
+            let wanted = wanted.max(FEWEST_FILES);
+            Some(limit.maximum.map_or(wanted, |most| wanted.min(most)))
+        }
+        None => limit.maximum,
     };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, "cannot raise the limit of open files");
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current, ..limit }) {
+        tracing::warn!(%error, "cannot set the limit of open files");
     }
     rustix::process::umask(rustix::fs::Mode::empty());
 }

@@ -32,6 +32,8 @@ pub struct Config {
     pub quota: Option<Quota>,
     /// Its name.
     pub tag: [u8; TAG_LEN],
+    /// Limit of open files, when it is not to be raised.
+    pub open_files: Option<u64>,
     /// Number of request queues.
     pub request_queues: u16,
     /// Largest size of a queue.
@@ -146,6 +148,7 @@ impl TryFrom<Args> for Config {
             quota,
             sandbox: args.sandbox,
             tag: args.tag,
+            open_files: args.rlimit_nofile,
             request_queues: args.num_request_queues,
             queue_size: args.queue_size,
             reconnect: args.reconnect,

@@ -81,6 +81,11 @@ pub struct Args {
     #[arg(long)]
     pub no_announce_submounts: bool,
 
+    /// Limit of open files, at least 128; 0 leaves it as it is. Without this it is raised as far as
+    /// it goes.
+    #[arg(long, value_name = "N")]
+    pub rlimit_nofile: Option<u64>,
+
     /// Limit of the space that the files of the directory take, in bytes or with K, M, G or T.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub quota: Option<u64>,
@@ -177,8 +182,6 @@ pub struct Ignored {
     pub modcaps: Option<String>,
     #[arg(long, hide = true)]
     pub syslog: bool,
-    #[arg(long, hide = true)]
-    pub rlimit_nofile: Option<u64>,
     #[arg(short = 'f', hide = true)]
     pub foreground: bool,
     #[arg(long, hide = true)]
