@@ -1,8 +1,8 @@
 //! Decides how long a worker looks for the next request before it sleeps. Pure.
 //!
 //! To sleep and to be woken costs more than a short wait. So a queue whose sleeps turn out to be
-//! short begins to look around first, longer each time up to a limit; one look in vain that is
-//! followed by a long sleep ends that. An idle queue therefore never looks, and never wakes.
+//! short begins to look around first, longer each time up to a limit. A look in vain ends that for
+//! some sleeps, for more each time that nothing was found in between. An idle queue never looks.
 
 use std::time::Duration;
 
@@ -16,6 +16,10 @@ const SAMPLE: u32 = 64;
 const PENANCE: u32 = 500;
 const LARGEST_PENANCE: u32 = 64_000;
 
+/// Sleeps without a look after one in vain; doubled each time, until one finds something.
+const REST: u32 = 2;
+const LARGEST_REST: u32 = 1024;
+
 /// The polling of one queue.
 #[derive(Debug)]
 pub(crate) struct Polling {
@@ -25,6 +29,7 @@ pub(crate) struct Polling {
     pushed_off: u64,
     penance: u32,
     next_penance: u32,
+    next_rest: u32,
 }
 
 impl Polling {
@@ -37,6 +42,7 @@ impl Polling {
             pushed_off: 0,
             penance: 0,
             next_penance: PENANCE,
+            next_rest: REST,
         }
     }
 
@@ -69,6 +75,17 @@ impl Polling {
         } else {
             self.looks = SAMPLE;
             self.next_penance = PENANCE;
+        }
+    }
+
+    /// A look has ended; whether it has found something.
+    pub(crate) fn looked(&mut self, found: bool) {
+        if found {
+            self.next_rest = REST;
+        } else if self.window >= self.limit {
+            self.window = Duration::ZERO;
+            self.penance = self.penance.max(self.next_rest);
+            self.next_rest = (self.next_rest * 2).min(LARGEST_REST);
         }
     }
 
@@ -124,6 +141,23 @@ mod tests {
         polling.slept(us(6));
         (0..10_000).for_each(|_| polling.look(|| 7));
         assert_eq!(polling.window(), us(2));
+    }
+
+    #[test]
+    fn rests_longer_and_longer_while_looks_are_in_vain() {
+        let mut polling = Polling::new(us(10));
+        let mut sleeps = [0; 4];
+        for count in &mut sleeps {
+            while polling.window() < us(10) {
+                polling.slept(us(12));
+                *count += 1;
+            }
+            polling.looked(false);
+            assert_eq!(polling.window(), us(0));
+        }
+        assert_eq!(sleeps, [4, 4 + 2, 4 + 4, 4 + 8]);
+        polling.looked(true);
+        assert_eq!(polling.next_rest, REST);
     }
 
     #[test]

@@ -260,10 +260,11 @@ impl<'a, D: Device> Worker<'a, D> {
         while start.elapsed() < window {
             for _ in 0..LOOKS {
                 if watch.has_news() {
-                    return;
+                    return self.polling.looked(true);
                 }
                 std::hint::spin_loop();
             }
         }
+        self.polling.looked(false);
     }
 }
