@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::child::Child;
 use super::control::{FromSupervisor, SOCKET};
+use super::revive::Spare;
 use super::{Owner, Sandbox, verify};
 use crate::agent::{self, FrameReader, FrameSender};
 use crate::backend::{self, Jail};
@@ -39,6 +40,8 @@ const CONSOLE_LINES: usize = 8;
 pub(super) struct Parts {
     /// In the order of the plan.
     pub(super) backends: Vec<Child>,
+    /// What is needed to start some of them again.
+    pub(super) spares: Vec<Spare>,
     pub(super) vmm: Option<Child>,
     /// The VMM has connected to its backends, so that they end when it does.
     pub(super) connected: bool,
@@ -131,7 +134,12 @@ async fn start(
     let jail = Jail::from_env()?;
     let mut sockets = Vec::new();
     for (number, plan) in sandbox.plan.backends.iter().enumerate() {
-        let (child, socket) = start_backend(sandbox, plan, number, &programs, jail, &send_end)?;
+        let socket = sandbox.sockets.socket(&format!("d{number}"))?;
+        let listener = listen(&socket)?;
+        let vm = &sandbox.plan.vm;
+        let spare = Spare::keep(number, plan, vm, &listener, &send_end)?;
+        parts.spares.extend(spare);
+        let child = start_backend(sandbox, plan, number, jail, listener, &send_end)?;
         parts.backends.push(child);
         sockets.push(socket);
     }
@@ -172,20 +180,18 @@ async fn start(
     link.map_err(|error| with_console(error, &sandbox.dir.console_log()))
 }
 
-/// Starts the backend of `plan`, which listens on the socket that is returned.
+/// Starts the backend of `plan` on `listener`.
 pub(super) fn start_backend(
     sandbox: &Sandbox,
     plan: &BackendPlan,
     number: usize,
-    programs: &Programs,
     jail: Jail,
+    listener: StdUnixListener,
     ends: &mpsc::UnboundedSender<usize>,
-) -> MicrosandboxResult<(Child, PathBuf)> {
-    let socket = sandbox.sockets.socket(&format!("d{number}"))?;
-    let command = backend::command(plan, programs, jail, listen(&socket)?)?;
+) -> MicrosandboxResult<Child> {
+    let command = backend::command(plan, &Programs::find(), jail, listener)?;
     let purpose = purpose(&plan.purpose);
-    let child = Child::start(purpose, command, &sandbox.log, number, ends.clone())?;
-    Ok((child, socket))
+    Child::start(purpose, command, &sandbox.log, number, ends.clone())
 }
 
 fn start_vmm(

@@ -145,7 +145,7 @@ pub(super) async fn serve(
                     Error::new(ErrorKind::Boot, "the agent's end broke").with_source(error),
                 )),
             },
-            Some(_) = ends.recv() => hub.bury(parts),
+            Some(number) = ends.recv() => hub.bury(parts, number).await,
             () = signals.any() => {
                 hub.stop(SIGNAL_GRACE, SIGNAL_GRACE + STOP_LIMIT);
                 Next::On
@@ -377,8 +377,15 @@ impl Hub<'_> {
     }
 
     /// A child has ended.
-    fn bury(&mut self, parts: &Parts) -> Next {
+    async fn bury(&mut self, parts: &mut Parts, number: usize) -> Next {
         let vmm_ended = parts.vmm.as_ref().is_some_and(|vmm| vmm.status().is_some());
+        if !vmm_ended {
+            match parts.revive(self.sandbox, number).await {
+                Ok(true) => return Next::On,
+                Ok(false) => {}
+                Err(error) => return Next::Over(Some(error)),
+            }
+        }
         let backend_failed = parts.backends.iter().any(super::child::Child::failed);
         match parts.broken() {
             // The guest switched itself off, as it was told to or not: nothing is lost.

@@ -26,6 +26,7 @@ mod boot;
 mod child;
 pub(crate) mod control;
 mod hub;
+mod revive;
 mod verify;
 
 use boot::Parts;

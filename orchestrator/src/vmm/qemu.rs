@@ -82,14 +82,16 @@ impl Driver for Qemu {
         line.words(&["-device", &port]);
         for (number, (plan, socket)) in machine.devices.iter().enumerate() {
             let chardev = format!("device{number}");
-            line.option(
-                "-chardev",
-                &[
-                    ("", "socket".as_ref()),
-                    ("id", chardev.as_ref()),
-                    ("path", socket.as_ref()),
-                ],
-            );
+            let mut properties: Vec<(&str, &OsStr)> = vec![
+                ("", "socket".as_ref()),
+                ("id", chardev.as_ref()),
+                ("path", socket.as_ref()),
+            ];
+            if matches!(plan.device, DevicePlan::Blk(_)) {
+                // Seconds, as every version takes them: the supervisor starts a disk's backend again.
+                properties.push(("reconnect", "1".as_ref()));
+            }
+            line.option("-chardev", &properties);
             let count = queues(&plan.device);
             let device = match plan.device {
                 DevicePlan::Fs(_) => format!(

@@ -110,7 +110,7 @@ fn qemu() {
             -device virtserialport,chardev=agent,name=dev.microsandbox.agent
             -chardev socket,id=device0,path=/run/s/d0
             -device vhost-user-fs-pci,chardev=device0,tag=root_1,queue-size=1024,num-request-queues=2
-            -chardev socket,id=device1,path=/run/s/d1
+            -chardev socket,id=device1,path=/run/s/d1,reconnect=1
             -device vhost-user-blk-pci,chardev=device1,queue-size=256,num-queues=1"#]],
     );
     check(
@@ -141,7 +141,7 @@ fn qemu() {
             -device virtserialport,chardev=agent,name=dev.microsandbox.agent
             -chardev socket,id=device0,path=/run/s/d0
             -device vhost-user-fs-pci,chardev=device0,tag=root_1,queue-size=1024,num-request-queues=2
-            -chardev socket,id=device1,path=/run/s/d1
+            -chardev socket,id=device1,path=/run/s/d1,reconnect=1
             -device vhost-user-blk-pci,chardev=device1,queue-size=256,num-queues=1"#]],
     );
 }
