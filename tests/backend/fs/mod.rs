@@ -230,8 +230,9 @@ fn unknown_and_malformed_requests_are_answered_and_harm_nothing() -> Result<()> 
         ensure!(error == ENOSYS, "opcode {opcode} gave {error}");
     }
     // Every known operation with bodies of every small length. FORGET, INTERRUPT, DESTROY and
-    // BATCH_FORGET have no reply; INIT would begin anew.
-    for opcode in (1..=52).filter(|opcode| ![2, 26, 36, 38, 42].contains(opcode)) {
+    // BATCH_FORGET have no reply; INIT would begin anew; SYNCFS has no body, and waits for a disk
+    // that others may keep busy.
+    for opcode in (1..=52).filter(|opcode| ![2, 26, 36, 38, 42, 50].contains(opcode)) {
         for len in 0..100 {
             for node in [1, 2, 999, u64::MAX] {
                 server
