@@ -63,7 +63,10 @@ impl Driver {
         for _ in 0..1000 {
             match finished.recv_timeout(Duration::from_millis(10)) {
                 Ok(used) => return (answer.to_vec(), used),
-                Err(_) => self.device.reap(0),
+                Err(_) => {
+                    self.device.reap(0);
+                    self.device.end_batch(0);
+                }
             }
         }
         panic!("no answer within ten seconds");
