@@ -83,6 +83,9 @@ install: build
 	sed 's|/usr/libexec|$(PREFIX)/bin|' backends/msb-blk/60-msb-blk.json >'$(DESTDIR)$(DISCOVERY)/60-msb-blk.json'
 	chmod 644 '$(DESTDIR)$(DISCOVERY)/60-msb-fs.json' '$(DESTDIR)$(DISCOVERY)/60-msb-blk.json'
 	cp -a '$(MSB_KERNEL)' '$(DESTDIR)$(PREFIX)/lib/microsandbox/kernel'
+	install -d '$(DESTDIR)$(PREFIX)/share/bash-completion/completions'
+	'$(TARGET)/release/msb' man '$(DESTDIR)$(PREFIX)/share/man/man1'
+	'$(TARGET)/release/msb' completion bash >'$(DESTDIR)$(PREFIX)/share/bash-completion/completions/msb'
 
 clean:
 	cargo clean

@@ -2,12 +2,11 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::{Error, ErrorKind, MicrosandboxResult};
+use crate::{Error, ErrorKind, MicrosandboxResult, rundir};
 
 /// Changed whenever the same inputs give another archive.
 const FORMAT: u8 = 1;
@@ -83,9 +82,7 @@ fn store(archive: &[u8], cache: &Path) -> MicrosandboxResult<PathBuf> {
         return Ok(path);
     }
     let failed = |error| Error::io(format!("cannot write {}", path.display()), error);
-    let mut file = tempfile::NamedTempFile::new_in(cache).map_err(failed)?;
-    file.write_all(archive).map_err(failed)?;
-    file.persist(&path).map_err(|error| failed(error.error))?;
+    rundir::write_once(&path, archive).map_err(failed)?;
     Ok(path)
 }
 

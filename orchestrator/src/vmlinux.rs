@@ -5,12 +5,12 @@
 //! the unpacking: a second of a boot of three under emulation.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::{Error, MicrosandboxResult};
+use crate::{Error, MicrosandboxResult, rundir};
 
 /// More than any kernel has, so that a damaged image cannot fill the memory.
 const LARGEST: u64 = 1 << 30;
@@ -47,9 +47,7 @@ pub(crate) fn unpacked(image: &Path, cache: &Path) -> MicrosandboxResult<PathBuf
         return Ok(image.to_owned());
     };
     let failed = |error| Error::io(format!("cannot write {}", path.display()), error);
-    let mut file = tempfile::NamedTempFile::new_in(cache).map_err(failed)?;
-    file.write_all(&kernel).map_err(failed)?;
-    file.persist(&path).map_err(|error| failed(error.error))?;
+    rundir::write_once(&path, &kernel).map_err(failed)?;
     Ok(path)
 }
 

@@ -2,6 +2,7 @@
 
 pub mod attack;
 pub mod bridge;
+pub mod documents;
 pub mod frontend;
 pub mod msb;
 pub mod share;

@@ -56,6 +56,18 @@ impl Msb {
         Ok(this)
     }
 
+    /// Gives the image a further name.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be loaded.
+    pub fn image(&self, name: &str) -> Result<()> {
+        let archive = self.path("demo.tar").display().to_string();
+        let loaded = self.msb(["image", "load", &archive, "--name", name])?;
+        ensure!(loaded.code == 0, "cannot load the image: {}", loaded.err);
+        Ok(())
+    }
+
     /// A path in the scratch folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.scratch.path().join(name)
@@ -140,6 +152,15 @@ impl Msb {
         )
     }
 
+    /// Runs `msb exec NAME -- sh -c SCRIPT`.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn exec(&self, name: &str, script: &str) -> Result<Said> {
+        self.msb(["exec", name, "--", "sh", "-c", script])
+    }
+
     /// Starts `msb run demo FLAGS -- sh -c SCRIPT` without `timeout` in front and returns while it
     /// runs; its output can be read.
     ///
@@ -189,6 +210,20 @@ impl Msb {
             }
         }
         Ok(found)
+    }
+}
+
+/// A test that fails leaves no sandbox running.
+impl Drop for Msb {
+    fn drop(&mut self) {
+        for (pid, line) in self.processes().unwrap_or_default() {
+            if line.contains(" supervise ")
+                && let Some(pid) = rustix::process::Pid::from_raw(pid)
+            {
+                // Its children end with it.
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
     }
 }
 

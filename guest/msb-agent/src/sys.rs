@@ -1,4 +1,4 @@
-//! Every unsafe call of the agent: fork, exec, signals, and three that rustix does not have.
+//! Every unsafe call of the agent: fork, exec, signals, and four that rustix does not have.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -24,6 +24,14 @@ pub(crate) fn fork() -> Result<Option<Pid>, Errno> {
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: _exit(2) takes any value, runs no handler and does not return.
     unsafe { libc::_exit(code) }
+}
+
+/// Closes every descriptor but standard input, output and error; for the child of [`fork`] that
+/// does not execute a program, which would close them.
+pub(crate) fn close_all_but_standard() {
+    // SAFETY: the caller is a child that leaves by `exit_now` and uses no other descriptor, so none
+    // of its owned ones is used or closed again.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
 }
 
 /// Replaces this process by a program. Returns only if that fails.

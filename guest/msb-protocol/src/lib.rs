@@ -25,7 +25,7 @@ pub const VSOCK_PORT: u32 = 7173;
 pub const VSOCK_WORD: &str = "msb.agent=vsock";
 
 /// Version of the protocol; the agent refuses a host of another one.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// How many bytes of standard input the host may send on a channel beyond those that
 /// [`FromAgent::StdinTaken`] has confirmed. A host that sends more stalls all its channels until the

@@ -231,7 +231,34 @@ pub struct Exec {
     pub user: Option<String>,
     /// Runs on a terminal of this size when present.
     pub terminal: Option<WindowSize>,
+    /// Work that is done in place of running a program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub builtin: Option<Builtin>,
 }
+
+/// Work that the agent does itself, in a process of its own that is confined as a command is.
+///
+/// What is copied is a tar archive whose first entry, named [`COPY_TOP`], is the file or directory
+/// itself; everything else lies below it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "work", rename_all = "kebab-case")]
+pub enum Builtin {
+    /// Packs a file or directory onto standard output.
+    Pack {
+        /// Its guest path.
+        path: String,
+    },
+    /// Unpacks what comes on standard input.
+    Unpack {
+        /// Guest path that it gets; if that is a directory, it is put into it.
+        path: String,
+        /// Name that it gets in a directory; without one, its content goes there.
+        name: Option<String>,
+    },
+}
+
+/// Name of what is copied, in the archive.
+pub const COPY_TOP: &str = "top";
 
 /// Size of a terminal in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -41,8 +41,9 @@ pub(super) fn describe(argv: &mut Arguments, tag: &str, share: &FsPlan) {
     if share.exclusive {
         argv.flag("--exclusive");
     }
-    if let Some(bytes) = share.quota_bytes {
-        argv.pair("--quota", bytes.to_string());
+    if let Some(quota) = &share.quota {
+        argv.pair("--quota", quota.bytes.to_string());
+        argv.pair("--quota-file", &quota.account);
     }
     argv.pair("--num-request-queues", share.queues.to_string());
     argv.pair("--queue-size", QUEUE_SIZE.to_string());

@@ -126,7 +126,7 @@ impl Arguments {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{BlkPlan, FsPlan, ShareSource};
+    use crate::plan::{BlkPlan, FsPlan, QuotaPlan, ShareSource};
     use crate::spec::{CachePolicy, DiskImageFormat, HostPermissions, StatVirtualization};
 
     fn line(device: DevicePlan) -> String {
@@ -154,7 +154,7 @@ mod tests {
             owner: None,
             cache: None,
             exclusive: false,
-            quota_bytes: None,
+            quota: None,
             queues: 1,
         };
         expect_test::expect!["--fd 0 --shared-dir /srv/data --tag data_0a1b2c3d --stat-virt strict --host-perms private --default-owner 0:0 --num-request-queues 1 --queue-size 1024 --exit-with-parent --sandbox strict"]
@@ -167,9 +167,12 @@ mod tests {
         share.owner = Some((5, 6));
         share.cache = Some(CachePolicy::Metadata);
         share.exclusive = true;
-        share.quota_bytes = Some(1 << 30);
+        share.quota = Some(QuotaPlan {
+            bytes: 1 << 30,
+            account: "/h/state/quota/data".into(),
+        });
         share.queues = 4;
-        expect_test::expect!["--fd 0 --shared-file /etc/hosts --tag data_0a1b2c3d --readonly --stat-virt relaxed --host-perms mirror --default-owner 1000:100 --owner 5:6 --cache metadata --exclusive --quota 1073741824 --num-request-queues 4 --queue-size 1024 --exit-with-parent --sandbox strict"]
+        expect_test::expect!["--fd 0 --shared-file /etc/hosts --tag data_0a1b2c3d --readonly --stat-virt relaxed --host-perms mirror --default-owner 1000:100 --owner 5:6 --cache metadata --exclusive --quota 1073741824 --quota-file /h/state/quota/data --num-request-queues 4 --queue-size 1024 --exit-with-parent --sandbox strict"]
             .assert_eq(&line(DevicePlan::Fs(share)));
     }
 

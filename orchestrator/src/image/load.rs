@@ -218,7 +218,11 @@ impl ImageStore {
     }
 
     /// Removes drafts that nobody works on any more.
-    fn sweep(&self) {
+    pub(crate) fn sweep(&self) {
+        // Those of the index are made under the store's lock.
+        if let Ok(Some(_lock)) = self.try_lock() {
+            rundir::remove_drafts(&self.folder);
+        }
         for entry in std::fs::read_dir(&self.folder)
             .into_iter()
             .flatten()

@@ -30,6 +30,7 @@ mod reader;
 mod tree;
 
 pub use load::Loaded;
+pub(crate) use reader::{TarEntry, TarKind, TarReader};
 
 /// The images of one home.
 #[derive(Debug, Clone)]
@@ -194,6 +195,16 @@ impl ImageStore {
         rundir::write_json(&self.folder.join("index.json"), index)
     }
 
+    /// The right to change names, if nobody has it and there is a store.
+    fn try_lock(&self) -> std::io::Result<Option<File>> {
+        if !self.folder.exists() {
+            return Ok(None);
+        }
+        let file = open_lock(&self.folder.join(".lock"))?;
+        let free = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+        Ok(free.is_ok().then_some(file))
+    }
+
     /// Waits for the right to change names; given back when the file is closed.
     fn lock(&self) -> MicrosandboxResult<File> {
         let path = self.folder.join(".lock");
@@ -217,6 +228,19 @@ impl Image {
         let file = open_lock(&folder.join("lock"))?;
         rustix::fs::flock(&file, FlockOperation::LockShared)?;
         Ok(file)
+    }
+
+    /// Whether a sandbox runs on it.
+    pub(crate) fn is_used(&self) -> bool {
+        let lock = open_lock(&self.folder.join("lock"));
+        lock.is_ok_and(|lock| {
+            rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive)
+                == Err(Errno::WOULDBLOCK)
+        })
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     fn lock_for_removal(&self) -> MicrosandboxResult<File> {

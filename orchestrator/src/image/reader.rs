@@ -15,26 +15,26 @@ const EXTENSION_MAX: u64 = 1 << 20;
 
 /// One entry of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct TarEntry {
+pub(crate) struct TarEntry {
     /// Its path, as it is in the archive.
-    pub(super) path: Vec<u8>,
+    pub(crate) path: Vec<u8>,
     /// What it is.
-    pub(super) kind: TarKind,
+    pub(crate) kind: TarKind,
     /// Permission bits, with set-id and sticky bits.
-    pub(super) mode: u32,
+    pub(crate) mode: u32,
     /// Owner and group.
-    pub(super) owner: (u32, u32),
+    pub(crate) owner: (u32, u32),
     /// Seconds and nanoseconds of its last change.
-    pub(super) mtime: (i64, u32),
+    pub(crate) mtime: (i64, u32),
     /// Extended attributes.
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     /// Bytes of content that follow.
-    pub(super) size: u64,
+    pub(crate) size: u64,
 }
 
 /// What an entry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum TarKind {
+pub(crate) enum TarKind {
     File,
     Directory,
     Symlink(Vec<u8>),
@@ -47,7 +47,7 @@ pub(super) enum TarKind {
 
 /// What makes an archive unreadable.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum TarError {
+pub(crate) enum TarError {
     #[error("the archive cannot be read")]
     Read(#[source] io::Error),
     #[error("the archive ends in the middle of an entry")]
@@ -65,7 +65,7 @@ pub(super) enum TarError {
 }
 
 /// A tar stream.
-pub(super) struct TarReader<R> {
+pub(crate) struct TarReader<R> {
     stream: R,
     /// Bytes of the current entry's content that have not been read, and of its padding.
     content: u64,
@@ -86,7 +86,7 @@ struct Extensions {
 }
 
 impl<R: Read> TarReader<R> {
-    pub(super) fn new(stream: R) -> Self {
+    pub(crate) fn new(stream: R) -> Self {
         Self {
             stream,
             content: 0,
@@ -95,7 +95,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The next entry; what is left of the last one's content is skipped.
-    pub(super) fn next_entry(&mut self) -> Result<Option<TarEntry>, TarError> {
+    pub(crate) fn next_entry(&mut self) -> Result<Option<TarEntry>, TarError> {
         let mut extensions = Extensions::default();
         loop {
             self.skip_rest()?;
@@ -247,12 +247,12 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The stream itself, at the beginning of the current entry's content.
-    pub(super) fn stream(&self) -> &R {
+    pub(crate) fn stream(&self) -> &R {
         &self.stream
     }
 
     /// Reads the stream to its end, so that what counts its bytes has seen all of them.
-    pub(super) fn drain(mut self) -> Result<R, TarError> {
+    pub(crate) fn drain(mut self) -> Result<R, TarError> {
         self.skip_rest()?;
         io::copy(&mut self.stream, &mut io::sink()).map_err(TarError::Read)?;
         Ok(self.stream)

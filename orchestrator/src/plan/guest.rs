@@ -67,7 +67,7 @@ pub(super) fn root(spec: &SandboxSpec, facts: &HostFacts) -> Result<Root, Refusa
         owner: None,
         cache: None,
         exclusive: true,
-        quota_bytes: None,
+        quota: None,
         queues: queues(spec),
     };
     Ok(Root {

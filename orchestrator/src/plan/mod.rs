@@ -189,10 +189,19 @@ pub struct FsPlan {
     pub cache: Option<CachePolicy>,
     /// Nobody else changes the share while the guest uses it.
     pub exclusive: bool,
-    /// Limit on what the guest may add, in bytes.
-    pub quota_bytes: Option<u64>,
+    /// Limit on the space that its files take.
+    pub quota: Option<QuotaPlan>,
     /// Number of request queues.
     pub queues: u16,
+}
+
+/// A limit on the space that the files of a share take, counted in one place for all its servers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuotaPlan {
+    /// The limit.
+    pub bytes: u64,
+    /// The file that holds the account; its folder is made first.
+    pub account: PathBuf,
 }
 
 /// What a share shares.

@@ -7,13 +7,13 @@ use msb_protocol::{GuestMount, GuestSource, MountFlags, SecurityProfile};
 use sha2::{Digest, Sha256};
 
 use super::refusal::{Refusal, SourceProblem};
-use super::{BackendPlan, BlkPlan, DevicePlan, FsPlan, ShareSource, VolumePlan};
+use super::{BackendPlan, BlkPlan, DevicePlan, FsPlan, QuotaPlan, ShareSource, VolumePlan};
 use crate::host::{HostFacts, PathFacts, PathKind};
 use crate::spec::{
     Access, BindKind, DiskImageFormat, GuestPath, ImageSource, Mebibytes, MountSource, MountSpec,
     NamedVolumeMode, SandboxSpec, ShareOptions, VolumeKind, VolumeName, VolumeRequest,
 };
-use crate::volume::{DISK_IMAGE, VolumeProblem, fit};
+use crate::volume::{DISK_IMAGE, QUOTA_ACCOUNTS, VolumeProblem, fit};
 
 /// Most queues that a device gets; each is a thread of its backend.
 pub(super) const MOST_QUEUES: u8 = 4;
@@ -146,7 +146,15 @@ impl Mounted {
             } => {
                 let found = lookup(facts, path);
                 let source = bound(path, &found, *expect, *follow_root_symlinks)?;
-                self.share(mount, source, share, share.quota, spec)?
+                if share.quota.is_some() && matches!(source, ShareSource::File(_)) {
+                    let (path, problem) = (path.clone(), SourceProblem::QuotaOfFile);
+                    return Err(Refusal::Source { path, problem });
+                }
+                // No volume has such a name.
+                let place = found.resolved.as_os_str().as_encoded_bytes();
+                let name = format!(".bind-{}", digest(place, 12));
+                let quota = share.quota.map(|quota| account(facts, &name, quota));
+                self.share(mount, source, share, quota, spec)?
             }
             MountSource::Named {
                 name,
@@ -197,7 +205,7 @@ impl Mounted {
         mount: &MountSpec,
         source: ShareSource,
         share: &ShareOptions,
-        quota: Option<Mebibytes>,
+        quota: Option<QuotaPlan>,
         spec: &SandboxSpec,
     ) -> Result<GuestSource, Refusal> {
         let tag = device_id(&mount.target);
@@ -228,7 +236,7 @@ impl Mounted {
                 owner: share.owner,
                 cache: share.cache,
                 exclusive: false,
-                quota_bytes: quota.map(Mebibytes::bytes),
+                quota,
                 queues: queues(spec),
             }),
         });
@@ -261,6 +269,7 @@ impl Mounted {
         let folder = facts.home.join("volumes").join(name.as_str());
         if kind == VolumeKind::Directory {
             let quota = existing.map_or(request.quota, |volume| volume.quota);
+            let quota = quota.map(|quota| account(facts, name.as_str(), quota));
             return self.share(mount, ShareSource::Directory(folder), share, quota, spec);
         }
         let refuse = |problem| Refusal::Volume {
@@ -320,6 +329,14 @@ impl Mounted {
     }
 }
 
+/// A quota and the account that every server of the same directory keeps it by.
+fn account(facts: &HostFacts, name: &str, quota: Mebibytes) -> QuotaPlan {
+    QuotaPlan {
+        bytes: quota.bytes(),
+        account: facts.home.join(QUOTA_ACCOUNTS).join(name),
+    }
+}
+
 /// Tag and serial number of a mount's device: at most 20 bytes, the same for the same guest path.
 fn device_id(target: &GuestPath) -> String {
     let path = target.as_str();
@@ -329,13 +346,14 @@ fn device_id(target: &GuestPath) -> String {
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
         .take(11)
         .collect();
-    let digest = Sha256::digest(path.as_bytes());
-    let hash: String = digest
-        .iter()
-        .take(4)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    format!("{slug}_{hash}")
+    format!("{slug}_{}", digest(path.as_bytes(), 4))
+}
+
+/// So many bytes of a SHA-256, in hexadecimal.
+fn digest(bytes: &[u8], count: usize) -> String {
+    let digest = Sha256::digest(bytes);
+    let first = digest.iter().take(count);
+    first.map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Number of queues of a device.

@@ -98,6 +98,9 @@ pub enum SourceProblem {
     /// It cannot be a root file system.
     #[error(transparent)]
     Rule(#[from] RuleError),
+    /// A single file has no quota.
+    #[error("is a file: a quota limits what is in a directory")]
+    QuotaOfFile,
     /// Its name cannot be told to the guest.
     #[error("has a name that is not UTF-8")]
     NotUtf8,
@@ -208,6 +211,7 @@ impl SourceProblem {
             Self::NotADirectory => {
                 Some("use --mount-file for a file, --mount-disk for a disk image".to_owned())
             }
+            Self::QuotaOfFile => Some("leave `quota` out, or mount the directory".to_owned()),
             Self::NotAFile => Some("use --mount-dir for a directory".to_owned()),
             Self::NotUtf8 => Some("mount the directory that holds it".to_owned()),
             Self::Rule(rule) => rule.hint().map(str::to_owned),

@@ -163,7 +163,7 @@ fn lines(value: &impl Serialize) -> String {
 #[test]
 fn a_sandbox_without_volumes() {
     expect![[r#"
-        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":true,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":true,"source":{"kind":"directory","path":"/home/me/.microsandbox/images/alpine/rootfs"},"stat_virtualization":"strict"},"id":"root_image","purpose":"root image"}
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":true,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota":null,"read_only":true,"source":{"kind":"directory","path":"/home/me/.microsandbox/images/alpine/rootfs"},"stat_virtualization":"strict"},"id":"root_image","purpose":"root image"}
         backends {"device":{"format":"raw","image":"/home/me/.microsandbox/sandboxes/box/root.raw","kind":"blk","queues":2,"read_only":false},"id":"root_disk","purpose":"root disk"}
         disks {"label":"msb-root","path":"/home/me/.microsandbox/sandboxes/box/root.raw","size_bytes":4294967296}
         guest {"hostname":"box","mounts":[{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"tmpfs","mode":1023,"size_bytes":134217728},"target":"/tmp"}],"root":{"kind":"overlay","lower":{"kind":"share","tag":"root_image"},"upper":{"fstype":"ext4","kind":"disk","serial":"root_disk"}},"security":"default","time_ns":0}
@@ -184,11 +184,11 @@ fn each_kind_of_volume_has_its_backend_and_its_mount() {
     ]);
     plan.backends.drain(..2);
     expect![[r#"
-        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":1073741824,"read_only":false,"source":{"kind":"directory","path":"/home/me/.microsandbox/volumes/cache"},"stat_virtualization":"strict"},"id":"cache_4f7cfe6f","purpose":"/cache"}
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota":{"account":"/home/me/.microsandbox/state/quota/cache","bytes":1073741824},"read_only":false,"source":{"kind":"directory","path":"/home/me/.microsandbox/volumes/cache"},"stat_virtualization":"strict"},"id":"cache_4f7cfe6f","purpose":"/cache"}
         backends {"device":{"format":"raw","image":"/home/me/.microsandbox/volumes/data/disk.raw","kind":"blk","queues":2,"read_only":false},"id":"data_bd47413b","purpose":"/data"}
         backends {"device":{"format":"qcow2","image":"/h/disk.qcow2","kind":"blk","queues":2,"read_only":false},"id":"seed_388b7041","purpose":"/seed"}
-        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":true,"source":{"kind":"directory","path":"/h/dir"},"stat_virtualization":"strict"},"id":"app_src_18f688b2","purpose":"/app/src"}
-        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota_bytes":null,"read_only":false,"source":{"kind":"file","path":"/h/file"},"stat_virtualization":"strict"},"id":"etc_app_tom_0fd6d6ce","purpose":"/etc/app.toml"}
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota":null,"read_only":true,"source":{"kind":"directory","path":"/h/dir"},"stat_virtualization":"strict"},"id":"app_src_18f688b2","purpose":"/app/src"}
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":false,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota":null,"read_only":false,"source":{"kind":"file","path":"/h/file"},"stat_virtualization":"strict"},"id":"etc_app_tom_0fd6d6ce","purpose":"/etc/app.toml"}
         disks {"label":"msb-root","path":"/home/me/.microsandbox/sandboxes/box/root.raw","size_bytes":4294967296}
         guest {"hostname":"box","mounts":[{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"share","tag":"cache_4f7cfe6f"},"target":"/cache"},{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"fstype":"ext4","kind":"disk","serial":"data_bd47413b"},"target":"/data"},{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"fstype":"ext4","kind":"disk","serial":"seed_388b7041"},"target":"/seed"},{"flags":{"nodev":false,"noexec":true,"nosuid":false,"read_only":false},"source":{"kind":"tmpfs","mode":1023,"size_bytes":67108864},"target":"/tmp"},{"flags":{"nodev":false,"noexec":true,"nosuid":false,"read_only":true},"source":{"kind":"share","tag":"app_src_18f688b2"},"target":"/app/src"},{"flags":{"nodev":false,"noexec":false,"nosuid":false,"read_only":false},"source":{"kind":"shared-file","name":"file","tag":"etc_app_tom_0fd6d6ce"},"target":"/etc/app.toml"}],"root":{"kind":"overlay","lower":{"kind":"share","tag":"root_image"},"upper":{"fstype":"ext4","kind":"disk","serial":"root_disk"}},"security":"default","time_ns":0}
         name "box"
@@ -256,7 +256,7 @@ fn an_existing_volume_is_taken_as_it_is() {
     let DevicePlan::Fs(share) = &plan.backends[3].device else {
         panic!("a directory is shared")
     };
-    assert_eq!(share.quota_bytes, Some(9 << 20));
+    assert_eq!(share.quota.as_ref().map(|quota| quota.bytes), Some(9 << 20));
     assert!(planned(&["--mount-named disk:/d:kind=disk"]).volumes[0].exists);
 }
 

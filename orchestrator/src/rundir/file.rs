@@ -2,13 +2,17 @@
 
 use std::fs::{DirBuilder, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{AtFlags, CWD, linkat};
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::sweep::DRAFT;
 use crate::{Error, MicrosandboxResult};
 
 /// The first eight hexadecimal digits of a SHA-256.
@@ -30,13 +34,27 @@ pub(crate) fn make_dir(path: &Path) -> std::io::Result<()> {
 /// Writes a file whole: its old content stays until the new one is on disk.
 pub(crate) fn write_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().ok_or(std::io::ErrorKind::InvalidInput)?;
-    let mut draft = tempfile::Builder::new()
-        .prefix(".draft-")
-        .tempfile_in(folder)?;
+    let mut draft = tempfile::Builder::new().prefix(DRAFT).tempfile_in(folder)?;
     draft.write_all(content)?;
     draft.as_file().sync_all()?;
     draft.persist(path).map_err(|error| error.error)?;
     sync_dir(folder)
+}
+
+/// Writes a file whose content its name tells, under that name or not at all; one that is there
+/// already is as good. The file has no name before it is whole, so that nothing can be left over.
+pub(crate) fn write_once(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().ok_or(std::io::ErrorKind::InvalidInput)?;
+    let mut draft = tempfile::tempfile_in(folder)?;
+    draft.write_all(content)?;
+    draft.sync_all()?;
+    let own = format!("/proc/self/fd/{}", draft.as_raw_fd());
+    match linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        // A file system without nameless files: it had a name once, which is gone.
+        Err(Errno::NOENT) => write_file(path, content),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> MicrosandboxResult<()> {
@@ -60,10 +78,4 @@ pub(crate) fn sync_dir(path: &Path) -> std::io::Result<()> {
 pub(crate) fn millis(time: SystemTime) -> u64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Whether a folder was changed within the last minute, so that its maker may still be at work.
-pub(super) fn is_young(path: &Path) -> bool {
-    let changed = std::fs::symlink_metadata(path).and_then(|metadata| metadata.modified());
-    changed.is_ok_and(|time| time.elapsed().is_ok_and(|age| age.as_secs() < 60))
 }

@@ -6,6 +6,7 @@
 
 mod file;
 mod sandbox;
+mod sweep;
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -15,10 +16,10 @@ use rustix::io::Errno;
 
 use crate::spec::{SandboxName, SandboxSpec};
 use crate::{Error, ErrorKind, MicrosandboxResult};
-use file::is_young;
 
-pub(crate) use file::{make_dir, millis, read_json, short_hash, sync_dir, write_json};
-pub use sandbox::{SandboxDir, SandboxLock, SandboxState, Status};
+pub(crate) use file::{make_dir, millis, read_json, short_hash, sync_dir, write_json, write_once};
+pub use sandbox::{Making, SandboxDir, SandboxLock, SandboxState, Status};
+pub(crate) use sweep::{drafting, remove_drafts};
 
 /// The longest path that a Unix socket's address takes, in bytes (unix(7), less the final zero).
 const SUN_PATH_MAX: usize = 107;
@@ -131,12 +132,13 @@ impl Home {
         }
     }
 
-    /// Makes the folder of a sandbox, with its request in it.
+    /// Makes the folder of a sandbox, with its request in it. Until it has run once it is
+    /// provisional: it goes when what is given back is dropped before that.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::SandboxAlreadyExists`] when there is one of that name.
-    pub fn create_sandbox(&self, spec: &SandboxSpec) -> MicrosandboxResult<SandboxDir> {
+    pub fn create_sandbox(&self, spec: &SandboxSpec) -> MicrosandboxResult<(SandboxDir, Making)> {
         let dir = self.sandbox(&spec.name);
         let cannot = |error: std::io::Error| {
             Error::io(
@@ -145,6 +147,7 @@ impl Home {
             )
         };
         make_dir(&self.sandboxes()).map_err(cannot)?;
+        let _drafting = drafting(&self.sandboxes()).map_err(cannot)?;
         // It is put together under a name that no sandbox can have, so that it exists whole or not.
         let draft = tempfile::Builder::new()
             .prefix(".new-")
@@ -152,6 +155,7 @@ impl Home {
             .map_err(cannot)?;
         write_json(&draft.path().join("spec.json"), spec)?;
         File::create(draft.path().join("lock")).map_err(cannot)?;
+        let making = Making::begin(draft.path()).map_err(cannot)?;
         let at = rustix::fs::CWD;
         let flags = rustix::fs::RenameFlags::NOREPLACE;
         match rustix::fs::renameat_with(at, draft.path(), at, &dir.path, flags) {
@@ -159,7 +163,7 @@ impl Home {
                 // Only the new name is left; there is nothing to remove at the old one.
                 let _ = draft.keep();
                 sync_dir(&self.sandboxes()).map_err(cannot)?;
-                Ok(dir)
+                Ok((dir, making))
             }
             Err(Errno::EXIST | Errno::NOTEMPTY) => Err(Error::new(
                 ErrorKind::SandboxAlreadyExists,
@@ -218,38 +222,6 @@ impl Home {
         .with_hint("`msb ls` lists the sandboxes"))
     }
 
-    /// Removes what sandboxes left behind whose supervisor ended without clearing up: sockets,
-    /// half-made folders, and sandboxes that were to be removed when they stop.
-    pub fn sweep(&self) {
-        for dir in self.list_sandboxes().unwrap_or_default() {
-            let Ok(Some(lock)) = dir.try_lock() else {
-                continue;
-            };
-            let ephemeral = dir.spec().is_ok_and(|spec| spec.ephemeral);
-            let never_ran = dir
-                .state()
-                .is_ok_and(|state| state.status == Status::Created);
-            self.socket_dir(&dir.name).remove();
-            // One that was only just made is about to be started by whoever made it.
-            if ephemeral && !(never_ran && dir.is_young()) {
-                let _ = dir.remove_locked(&lock);
-            }
-        }
-        let drafts = std::fs::read_dir(self.sandboxes())
-            .into_iter()
-            .flatten()
-            .flatten();
-        for draft in drafts {
-            let name = draft.file_name();
-            let left_over = name.to_str().is_some_and(|n| n.starts_with(".rm-"))
-                || (name.to_str().is_some_and(|n| n.starts_with(".new-"))
-                    && !is_young(&draft.path()));
-            if left_over {
-                let _ = std::fs::remove_dir_all(draft.path());
-            }
-        }
-    }
-
     /// The folder of a running sandbox's sockets.
     pub fn socket_dir(&self, name: &SandboxName) -> SocketDir {
         SocketDir {
@@ -302,6 +274,10 @@ impl SocketDir {
             ),
         )
         .with_hint("set MSB_HOME to a folder with a shorter path"))
+    }
+
+    pub(crate) fn exists(&self) -> bool {
+        self.path.symlink_metadata().is_ok()
     }
 
     /// Removes the folder and the sockets in it, as far as they exist.

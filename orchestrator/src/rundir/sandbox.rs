@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -13,7 +14,7 @@ use crate::plan::Plan;
 use crate::spec::{SandboxName, SandboxSpec};
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
-use super::file::{is_young, millis, read_json, write_json};
+use super::file::{millis, read_json, sync_dir, write_json};
 
 /// The folder of one sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +27,26 @@ pub struct SandboxDir {
 #[derive(Debug)]
 pub struct SandboxLock {
     _file: File,
+}
+
+/// Marks a sandbox as provisional, and who is making it: the process that holds a lock on it.
+const MAKING: &str = "making";
+
+/// How often a lock is tried that others hold only to ask who has it.
+const ATTEMPTS: usize = 200;
+
+/// Held by whoever makes a sandbox, until it has run for the first time.
+#[derive(Debug)]
+pub struct Making {
+    _file: File,
+}
+
+impl Making {
+    pub(super) fn begin(folder: &Path) -> std::io::Result<Self> {
+        let file = File::create(folder.join(MAKING))?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(Self { _file: file })
+    }
 }
 
 /// What a sandbox is doing.
@@ -170,7 +191,25 @@ impl SandboxDir {
 
     /// Whether a supervisor holds its lock.
     pub fn is_running(&self) -> bool {
-        matches!(self.try_lock(), Ok(None))
+        is_locked(&self.path.join("lock"))
+    }
+
+    /// Whether it has not run yet, so that it goes unless whoever makes it brings it up.
+    pub(crate) fn is_provisional(&self) -> bool {
+        self.path.join(MAKING).exists()
+    }
+
+    /// Whether somebody is making it now.
+    pub(crate) fn is_being_made(&self) -> bool {
+        is_locked(&self.path.join(MAKING))
+    }
+
+    /// It has run: from now on it stays, whatever happens.
+    pub(crate) fn commit(&self) -> std::io::Result<()> {
+        match std::fs::remove_file(self.path.join(MAKING)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed.and_then(|()| sync_dir(&self.path)),
+        }
     }
 
     /// Takes the lock, or nothing when somebody holds it.
@@ -197,7 +236,7 @@ impl SandboxDir {
                 ));
             }
         };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match lock_alone(&file) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => return Ok(None),
             Err(errno) => {
@@ -245,10 +284,34 @@ impl SandboxDir {
         // Renamed first, so that no half-removed sandbox is ever listed.
         let doomed = self.path.with_file_name(doomed);
         std::fs::rename(&self.path, &doomed).map_err(cannot)?;
-        std::fs::remove_dir_all(&doomed).map_err(cannot)
+        match std::fs::remove_dir_all(&doomed) {
+            // Somebody who swept was faster.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(cannot),
+        }
     }
+}
 
-    pub(super) fn is_young(&self) -> bool {
-        is_young(&self.path)
+/// Whether somebody holds the exclusive lock of a file. Those who ask do not disturb each other.
+fn is_locked(path: &Path) -> bool {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let Ok(file) = rustix::fs::open(path, flags, Mode::empty()) else {
+        return false;
+    };
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
+}
+
+/// Takes the exclusive lock of a file, past those who only ask who holds it.
+fn lock_alone(file: &File) -> rustix::io::Result<()> {
+    for _ in 0..ATTEMPTS {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {}
+            done => return done,
+        }
+        // Shared with whoever asks, refused by whoever holds it alone.
+        rustix::fs::flock(file, FlockOperation::NonBlockingLockShared)?;
+        rustix::fs::flock(file, FlockOperation::Unlock)?;
+        std::thread::sleep(Duration::from_millis(1));
     }
+    Err(Errno::WOULDBLOCK)
 }

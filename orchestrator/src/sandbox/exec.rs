@@ -96,6 +96,7 @@ impl ExecOptions {
             cwd: self.cwd.or_else(|| defaults.workdir.clone()),
             user: self.user.or_else(|| defaults.user.clone()),
             terminal: self.terminal.map(|(rows, cols)| WindowSize { rows, cols }),
+            builtin: None,
         }
     }
 }

@@ -5,18 +5,25 @@ use std::time::Duration;
 
 use crate::host::HostFacts;
 use crate::image::{ImageConfig, ImageStore};
+use crate::mend::mend;
 use crate::plan::Plan;
 use crate::rundir::{Home, SandboxDir, SandboxState};
-use crate::spec::{ImageSource, SandboxName, SandboxSpec};
+use crate::spec::{
+    ImageSource, MountSource, NamedVolumeMode, SandboxName, SandboxSpec, VolumeRequest,
+};
 use crate::supervisor::control::{FromSupervisor, SOCKET, ToSupervisor};
 use crate::{Error, ErrorKind, MicrosandboxResult, supervisor};
 
 mod client;
+mod copy;
 mod exec;
+mod handle;
 
 use client::Client;
+pub use copy::Copied;
 use exec::Defaults;
 pub use exec::{ExecControl, ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExecStdin};
+pub use handle::SandboxHandle;
 
 /// What a shell's users find programs in when the image does not say.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -70,13 +77,14 @@ impl Sandbox {
         spec: SandboxSpec,
         launch: Launch<'_>,
     ) -> MicrosandboxResult<Self> {
-        home.sweep();
+        mend(home);
         let plan = decide(home, &spec)?;
-        let dir = home.create_sandbox(&spec)?;
-        let started = start(home, dir.clone(), spec, plan, launch).await;
+        let (dir, making) = home.create_sandbox(&spec)?;
+        let started = start(home, dir, spec, plan, launch).await;
+        drop(making);
         if started.is_err() {
-            // The supervisor has removed what it had to; a removed folder is no error here.
-            let _ = dir.remove();
+            // The supervisor has removed everything, unless it was killed.
+            mend(home);
         }
         started
     }
@@ -92,7 +100,7 @@ impl Sandbox {
         name: &SandboxName,
         launch: Launch<'_>,
     ) -> MicrosandboxResult<Self> {
-        home.sweep();
+        mend(home);
         let dir = home.find_sandbox(name)?;
         if dir.is_running() {
             return Err(Error::new(
@@ -101,7 +109,7 @@ impl Sandbox {
             )
             .with_value(name.as_str()));
         }
-        let spec = dir.spec()?;
+        let spec = again(dir.spec()?);
         let plan = decide(home, &spec)?;
         start(home, dir, spec, plan, launch).await
     }
@@ -293,6 +301,18 @@ async fn why_ended(client: &Client) -> Option<Error> {
         ErrorKind::Boot,
         "the sandbox's supervisor was killed",
     ))
+}
+
+/// The request of a sandbox that has run before: its volumes have been made, so that one that is
+/// missing now is missed, and not made anew with nothing in it.
+fn again(mut spec: SandboxSpec) -> SandboxSpec {
+    for mount in &mut spec.mounts {
+        if let MountSource::Named { mode, request, .. } = &mut mount.source {
+            *mode = NamedVolumeMode::Existing;
+            *request = VolumeRequest::default();
+        }
+    }
+    spec
 }
 
 /// Decides what is done for `spec`, touching nothing.

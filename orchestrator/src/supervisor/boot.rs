@@ -56,23 +56,17 @@ pub(super) struct Parts {
 impl Parts {
     /// Why the sandbox cannot go on, if a child has ended that should not have.
     pub(super) fn broken(&self) -> Option<Error> {
-        let dead = self.backends.iter().find(|backend| backend.failed());
-        let dead = dead.or_else(|| self.backends.iter().find(|b| b.status().is_some()));
-        if let Some(backend) = dead {
-            return Some(Error::new(
-                ErrorKind::Boot,
-                format!(
-                    "the backend of {} ended: {}",
-                    backend.purpose,
-                    backend.last_words()
-                ),
-            ));
-        }
-        let vmm = self.vmm.as_ref().filter(|vmm| vmm.status().is_some())?;
-        Some(Error::new(
-            ErrorKind::Boot,
-            format!("{} ended: {}", vmm.purpose, vmm.last_words()),
-        ))
+        let failed = self.backends.iter().find(|backend| backend.failed());
+        // Without a VMM the backends end as they should, and are not the cause.
+        let vmm = self.vmm.as_ref().filter(|vmm| vmm.status().is_some());
+        let ended = self.backends.iter().find(|b| b.status().is_some());
+        let (what, child) = match (failed, vmm, ended) {
+            (Some(backend), _, _) | (None, None, Some(backend)) => ("the backend of ", backend),
+            (None, Some(vmm), _) => ("", vmm),
+            (None, None, None) => return None,
+        };
+        let message = format!("{what}{} ended: {}", child.purpose, child.last_words());
+        Some(Error::new(ErrorKind::Boot, message))
     }
 }
 
@@ -120,7 +114,8 @@ async fn start(
     if !sandbox.plan.volumes.is_empty() || sandbox.plan.disks.iter().any(|d| !d.path.exists()) {
         tell("making disks");
     }
-    parts.volumes = Some(volume::prepare(&sandbox.home, &sandbox.plan.volumes)?);
+    let name = sandbox.dir.name();
+    parts.volumes = Some(volume::prepare(&sandbox.home, name, &sandbox.plan.volumes)?);
     for disk in sandbox.plan.disks.iter().filter(|disk| !disk.path.exists()) {
         volume::make_ext4(&disk.path, disk.size_bytes, &disk.label)?;
     }
@@ -189,6 +184,12 @@ pub(super) fn start_backend(
     listener: StdUnixListener,
     ends: &mpsc::UnboundedSender<usize>,
 ) -> MicrosandboxResult<Child> {
+    if let DevicePlan::Fs(share) = &plan.device
+        && let Some(accounts) = share.quota.as_ref().and_then(|q| q.account.parent())
+    {
+        crate::rundir::make_dir(accounts)
+            .map_err(|error| Error::io("cannot make the folder of quotas", error))?;
+    }
     let command = backend::command(plan, &Programs::find(), jail, listener)?;
     let purpose = purpose(&plan.purpose);
     Child::start(purpose, command, &sandbox.log, number, ends.clone())

@@ -35,6 +35,9 @@ use control::{Failure, FromSupervisor, ToSupervisor};
 /// How long the caller may take to say what is to be started.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
+/// How often the sandbox's lock is tried, ten milliseconds apart.
+const LOCK_ATTEMPTS: usize = 30;
+
 /// How long backends may take to flush and end after the VMM has gone.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 
@@ -216,6 +219,12 @@ async fn run(folder: &Path) -> MicrosandboxResult<()> {
             });
             sandbox.state.boot_ms = Some(boot_ms);
             sandbox.record(Status::Running);
+            if let Err(error) = sandbox.dir.commit() {
+                tracing::error!("the sandbox stays provisional: {error}");
+            }
+            if let Some(volumes) = parts.volumes.take() {
+                volumes.keep(&sandbox.home);
+            }
             owner.tell(&FromSupervisor::Ready { boot_ms });
             hub::serve(&mut sandbox, &mut parts, owner, link).await
         }
@@ -271,7 +280,7 @@ fn prepare(folder: &Path, plan: Box<Plan>) -> MicrosandboxResult<(Sandbox, Sandb
     let home = Home::at(home)?;
     let name = SandboxName::try_from(plan.name.to_string())?;
     let dir = home.sandbox(&name);
-    let lock = dir.try_lock()?.ok_or_else(|| {
+    let lock = lock(&dir)?.ok_or_else(|| {
         Error::new(
             ErrorKind::WrongState,
             format!("sandbox `{name}` is running already"),
@@ -301,6 +310,17 @@ fn prepare(folder: &Path, plan: Box<Plan>) -> MicrosandboxResult<(Sandbox, Sandb
     Ok((sandbox, lock))
 }
 
+/// The sandbox's lock; whoever only sweeps gives it back at once.
+fn lock(dir: &SandboxDir) -> MicrosandboxResult<Option<SandboxLock>> {
+    for _ in 0..LOCK_ATTEMPTS {
+        if let Some(lock) = dir.try_lock()? {
+            return Ok(Some(lock));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(None)
+}
+
 /// Ends the children in reverse order of their start, then frees the lock, then lets clients know.
 async fn take_down(
     mut sandbox: Sandbox,
@@ -319,10 +339,7 @@ async fn take_down(
         }
     }
     // Volumes that were made for a sandbox that never ran are taken back.
-    let volumes = parts
-        .volumes
-        .take()
-        .filter(|_| sandbox.state.boot_ms.is_none());
+    let volumes = parts.volumes.take();
     let home = sandbox.home.clone();
     drop(parts);
     sandbox.sockets.remove();
@@ -338,7 +355,9 @@ async fn take_down(
     };
     sandbox.record(status);
     let ephemeral = sandbox.dir.spec().is_ok_and(|spec| spec.ephemeral);
-    if ephemeral && let Err(error) = sandbox.dir.remove_locked(&lock) {
+    if (ephemeral || sandbox.dir.is_provisional())
+        && let Err(error) = sandbox.dir.remove_locked(&lock)
+    {
         tracing::error!("the sandbox could not be removed: {error}");
     }
     drop(lock);

@@ -16,7 +16,7 @@ fn backends() -> [BackendPlan; 2] {
         owner: None,
         cache: None,
         exclusive: false,
-        quota_bytes: None,
+        quota: None,
         queues: 2,
     };
     let disk = BlkPlan {

@@ -237,7 +237,7 @@ impl VolumeHandle {
     /// [`ErrorKind::Io`] when the measuring is interrupted.
     pub async fn used_bytes(&self) -> MicrosandboxResult<u64> {
         let folder = self.path().to_owned();
-        blocking(move || Ok(tree::allocated(&folder))).await
+        blocking(move || Ok(tree::measure(&folder).allocated)).await
     }
 
     /// The sandboxes that mount it, running or not.
@@ -307,7 +307,8 @@ impl VolumeBuilder {
         let request = self.request()?;
         blocking(move || {
             let home = Home::from_env()?;
-            let (record, _) = store::ensure(&home, &name, NamedVolumeMode::Create, &request)?;
+            let mode = NamedVolumeMode::Create;
+            let (record, _) = store::ensure(&home, &name, mode, &request, None)?;
             Ok(Volume {
                 handle: VolumeHandle::new(home, record),
             })

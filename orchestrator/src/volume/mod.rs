@@ -18,12 +18,15 @@ pub use fs::{
     FsEntry, FsEntryKind, FsMetadata, VolumeFsHandle, VolumeReadStream, VolumeWriteStream,
 };
 pub use handle::{Volume, VolumeBuilder, VolumeHandle};
-pub(crate) use record::DISK_IMAGE;
+pub(crate) use record::folder;
+pub(crate) use record::{DISK_IMAGE, QUOTA_ACCOUNTS};
+pub(crate) use store::mend;
 pub use store::{Prepared, prepare};
-pub use users::VolumeUse;
+pub(crate) use tree::{Size, measure};
+pub use users::{VolumeUse, uses};
 
 use crate::rundir::Home;
-use crate::spec::VolumeName;
+use crate::spec::{VolumeKind, VolumeName};
 use crate::{Error, MicrosandboxResult};
 
 /// What is known about a volume, if it exists whole.
@@ -36,6 +39,12 @@ pub(crate) fn facts(home: &Home, name: &VolumeName) -> MicrosandboxResult<Option
     Ok(record
         .filter(|record| record.phase == record::Phase::Ready)
         .map(|record| record.facts()))
+}
+
+/// Every volume and what it is.
+pub(crate) fn kinds(home: &Home) -> MicrosandboxResult<Vec<(VolumeName, VolumeKind)>> {
+    let records = store::list(home)?.into_iter();
+    Ok(records.map(|record| (record.name, record.kind)).collect())
 }
 
 /// Runs what may block where it holds nobody up.

@@ -9,10 +9,13 @@ use serde::{Deserialize, Serialize};
 use super::fit::VolumeFacts;
 use crate::MicrosandboxResult;
 use crate::rundir::{Home, read_json};
-use crate::spec::{Mebibytes, VolumeKind, VolumeName};
+use crate::spec::{Mebibytes, SandboxName, VolumeKind, VolumeName};
 
 /// Name of the image inside a disk volume's folder.
 pub(crate) const DISK_IMAGE: &str = "disk.raw";
+
+/// Folder, in the state folder, of the accounts by which quotas are kept.
+pub(crate) const QUOTA_ACCOUNTS: &str = "state/quota";
 
 /// The metadata of a volume, as it lies in `state/volumes/<name>.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +28,10 @@ pub(crate) struct Record {
     #[serde(default)]
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) created_at_ms: u64,
+    /// The sandbox whose first start made it, until that sandbox runs: should it never run, the
+    /// volume is taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) made_for: Option<SandboxName>,
 }
 
 /// Whether what the record speaks of is there whole.

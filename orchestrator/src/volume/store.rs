@@ -16,12 +16,14 @@ use rustix::io::Errno;
 
 use super::disk::make_ext4;
 use super::fit::{VolumeProblem, fit};
-use super::record::{self, DISK_IMAGE, Phase, Record, folder, record_path, records};
+use super::record::{
+    self, DISK_IMAGE, Phase, QUOTA_ACCOUNTS, Record, folder, record_path, records,
+};
 use super::tree;
 use super::users::{VolumeUse, sandboxes_using};
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
 use crate::plan::VolumePlan;
-use crate::rundir::{Home, make_dir, millis, sync_dir, write_json};
+use crate::rundir::{Home, drafting, make_dir, millis, remove_drafts, sync_dir, write_json};
 use crate::spec::{Mebibytes, NamedVolumeMode, SandboxName, VolumeKind, VolumeName, VolumeRequest};
 
 /// The volumes that were made for a sandbox, so that they can be taken back when it does not start.
@@ -39,10 +41,15 @@ struct NameLock(#[expect(dead_code, reason = "closing it frees the lock")] File)
 /// # Errors
 ///
 /// Why one of them can neither be used nor made; those made before it are removed again.
-pub fn prepare(home: &Home, volumes: &[VolumePlan]) -> MicrosandboxResult<Prepared> {
+pub fn prepare(
+    home: &Home,
+    sandbox: &SandboxName,
+    volumes: &[VolumePlan],
+) -> MicrosandboxResult<Prepared> {
     let mut prepared = Prepared::default();
     for volume in volumes {
-        match ensure(home, &volume.name, volume.mode, &volume.request) {
+        let owner = Some(sandbox);
+        match ensure(home, &volume.name, volume.mode, &volume.request, owner) {
             Ok((record, true)) => prepared.made.push(record),
             Ok((_, false)) => {}
             Err(error) => {
@@ -60,20 +67,23 @@ impl Prepared {
         self.made.iter().map(|record| &record.name)
     }
 
-    /// Removes what was made, unless a sandbox runs with it by now. Call it after the sandbox that
-    /// it was made for has ended.
+    /// The sandbox runs: what was made for it stays.
+    pub fn keep(self, home: &Home) {
+        for made in self.made {
+            if let Ok(_lock) = lock(home, &made.name) {
+                // Should this fail, the next one to meet the volume sees that the sandbox has run.
+                let _ = settled(home, &made.name);
+            }
+        }
+    }
+
+    /// Removes what was made, unless somebody uses it by now. Call it after the sandbox that it
+    /// was made for has ended.
     pub fn roll_back(self, home: &Home) {
         for made in self.made {
-            let Ok(_lock) = lock(home, &made.name) else {
-                continue;
-            };
-            let unchanged =
-                record::read(home, &made.name).is_ok_and(|now| now.as_ref() == Some(&made));
-            let used = sandboxes_using(home, &made.name)
-                .is_ok_and(|users| users.iter().any(|user| user.running));
-            if unchanged && !used {
-                // What cannot be removed stays, as a volume that can be used and removed later.
-                let _ = remove_locked(home, made);
+            if let Ok(_lock) = lock(home, &made.name) {
+                // What cannot be removed is found by the next one to meet it.
+                let _ = settled(home, &made.name);
             }
         }
     }
@@ -85,14 +95,17 @@ pub(super) fn ensure(
     name: &VolumeName,
     mode: NamedVolumeMode,
     request: &VolumeRequest,
+    owner: Option<&SandboxName>,
 ) -> MicrosandboxResult<(Record, bool)> {
     let _lock = lock(home, name)?;
     let existing = settled(home, name)?;
     let facts = existing.as_ref().map(Record::facts);
     let kind = fit(mode, request, facts.as_ref()).map_err(|problem| problem.into_error(name))?;
     match existing {
+        // From now on it belongs to somebody else as well.
+        Some(record) if record.made_for.is_some() => Ok((adopt(home, record)?, false)),
         Some(record) => Ok((record, false)),
-        None => Ok((make(home, name, kind, request)?, true)),
+        None => Ok((make(home, name, kind, request, owner)?, true)),
     }
 }
 
@@ -124,10 +137,12 @@ pub(super) fn list(home: &Home) -> MicrosandboxResult<Vec<Record>> {
         };
         // One that is removed at this moment is simply not there.
         match record::read(home, &name) {
-            Ok(Some(record)) if record.phase == Phase::Ready => found.push(record),
+            Ok(Some(record)) if record.phase == Phase::Ready && record.made_for.is_none() => {
+                found.push(record);
+            }
             Ok(Some(_)) => {
                 if let Ok(Some(_lock)) = try_lock(home, &name) {
-                    settled(home, &name)?;
+                    found.extend(settled(home, &name)?);
                 }
             }
             Ok(None) => {}
@@ -136,6 +151,13 @@ pub(super) fn list(home: &Home) -> MicrosandboxResult<Vec<Record>> {
     }
     found.sort_by(|a, b| (b.created_at_ms, &a.name).cmp(&(a.created_at_ms, &b.name)));
     Ok(found)
+}
+
+/// Clears away what killed makers and removers left behind.
+pub(crate) fn mend(home: &Home) {
+    // Every volume is looked at on the way; what cannot be mended now is met again.
+    let _ = list(home);
+    remove_drafts(&records(home));
 }
 
 /// Removes a volume and what it holds.
@@ -177,13 +199,46 @@ fn is_attached(home: &Home, name: &VolumeName) -> bool {
 
 /// The record of a volume that is whole, after clearing away one that is not. Needs the lock.
 fn settled(home: &Home, name: &VolumeName) -> MicrosandboxResult<Option<Record>> {
-    match record::read(home, name)? {
-        Some(record) if record.phase != Phase::Ready => {
-            clear(home, name)?;
-            Ok(None)
-        }
-        other => Ok(other),
+    let Some(record) = record::read(home, name)? else {
+        return Ok(None);
+    };
+    if record.phase != Phase::Ready {
+        clear(home, name)?;
+        return Ok(None);
     }
+    let Some(owner) = &record.made_for else {
+        return Ok(Some(record));
+    };
+    let owner = home.sandbox(owner);
+    let has_run = owner.spec_path().exists() && !owner.is_provisional();
+    if has_run || holds_files(home, &record) {
+        return adopt(home, record).map(Some);
+    }
+    if owner.is_running() || owner.is_being_made() {
+        return Ok(Some(record));
+    }
+    remove_locked(home, record)?;
+    Ok(None)
+}
+
+/// Makes a volume stay that was made for the first start of a sandbox. Needs the lock.
+fn adopt(home: &Home, mut record: Record) -> MicrosandboxResult<Record> {
+    record.made_for = None;
+    save(home, &record)?;
+    Ok(record)
+}
+
+/// Whether somebody has put something into a directory volume. A disk is attached only once, and
+/// nothing runs on it before its sandbox does.
+fn holds_files(home: &Home, record: &Record) -> bool {
+    record.kind == VolumeKind::Directory
+        && fs::read_dir(folder(home, &record.name)).is_ok_and(|mut files| files.next().is_some())
+}
+
+fn save(home: &Home, record: &Record) -> MicrosandboxResult<()> {
+    let cannot = |error| Error::io(format!("cannot record volume `{}`", record.name), error);
+    let _drafting = drafting(&records(home)).map_err(cannot)?;
+    write_json(&record_path(home, &record.name), record)
 }
 
 fn make(
@@ -191,6 +246,7 @@ fn make(
     name: &VolumeName,
     kind: VolumeKind,
     request: &VolumeRequest,
+    owner: Option<&SandboxName>,
 ) -> MicrosandboxResult<Record> {
     let place = folder(home, name);
     let cannot = |error| Error::io(format!("cannot make volume `{name}`"), error);
@@ -209,9 +265,10 @@ fn make(
         quota_mib: request.quota.filter(|_| !disk),
         labels: request.labels.clone(),
         created_at_ms: millis(SystemTime::now()),
+        made_for: owner.cloned(),
     };
     make_dir(&records(home)).map_err(cannot)?;
-    write_json(&record_path(home, name), &record)?;
+    save(home, &record)?;
     let made = fs::DirBuilder::new()
         .mode(0o700)
         .create(&place)
@@ -223,7 +280,7 @@ fn make(
     let recorded = made.and_then(|()| {
         sync_dir(&home.volumes()).map_err(cannot)?;
         record.phase = Phase::Ready;
-        write_json(&record_path(home, name), &record)
+        save(home, &record)
     });
     match recorded {
         Ok(()) => Ok(record),
@@ -237,7 +294,7 @@ fn make(
 
 fn remove_locked(home: &Home, mut record: Record) -> MicrosandboxResult<()> {
     record.phase = Phase::Removing;
-    write_json(&record_path(home, &record.name), &record)?;
+    save(home, &record)?;
     clear(home, &record.name)
 }
 
@@ -252,6 +309,8 @@ fn clear(home: &Home, name: &VolumeName) -> MicrosandboxResult<()> {
     let entry = CString::new(name.as_str()).map_err(|error| cannot(error.into()))?;
     gone(tree::remove(volumes.as_fd(), &entry))?;
     volumes.sync_all().map_err(cannot)?;
+    let account = home.path().join(QUOTA_ACCOUNTS).join(name.as_str());
+    gone(rustix::fs::unlink(account))?;
     gone(rustix::fs::unlink(record_path(home, name)))?;
     sync_dir(&records(home)).map_err(cannot)
 }
@@ -312,7 +371,7 @@ mod tests {
 
     fn create(home: &Home, text: &str) -> MicrosandboxResult<Record> {
         let request = VolumeRequest::default();
-        ensure(home, &name(text), NamedVolumeMode::Create, &request).map(|(record, _)| record)
+        ensure(home, &name(text), NamedVolumeMode::Create, &request, None).map(|(record, _)| record)
     }
 
     fn names(home: &Home) -> Vec<String> {
@@ -417,7 +476,14 @@ mod tests {
             size: Some(Mebibytes(1)),
             ..VolumeRequest::default()
         };
-        ensure(home, &name("d"), NamedVolumeMode::EnsureExists, &request).unwrap();
+        ensure(
+            home,
+            &name("d"),
+            NamedVolumeMode::EnsureExists,
+            &request,
+            None,
+        )
+        .unwrap();
         let image = File::open(folder(home, &name("d")).join(DISK_IMAGE)).unwrap();
         assert_eq!(image.metadata().unwrap().len(), 1 << 20);
         rustix::fs::flock(&image, FlockOperation::NonBlockingLockShared).unwrap();
@@ -443,7 +509,8 @@ mod tests {
             plan("new", NamedVolumeMode::EnsureExists),
             plan("old", NamedVolumeMode::EnsureExists),
         ];
-        let prepared = prepare(home, &ensured).unwrap();
+        let sandbox = SandboxName::try_from("box".to_owned()).unwrap();
+        let prepared = prepare(home, &sandbox, &ensured).unwrap();
         assert_eq!(prepared.made().collect::<Vec<_>>(), [&name("new")]);
         prepared.roll_back(home);
         assert_eq!(names(home), ["old"]);
@@ -454,10 +521,42 @@ mod tests {
             plan("none", NamedVolumeMode::Existing),
         ];
         assert_eq!(
-            prepare(home, &failing).unwrap_err().kind(),
+            prepare(home, &sandbox, &failing).unwrap_err().kind(),
             ErrorKind::VolumeNotFound
         );
         assert_eq!(names(home), ["old"]);
+    }
+
+    #[test]
+    fn what_was_made_for_a_sandbox_stays_once_that_has_run_or_somebody_uses_it() {
+        let Scratch { home, .. } = &scratch();
+        let spec = crate::Sandbox::builder("box").image("./x").build().unwrap();
+        let plan = [VolumePlan {
+            name: name("new"),
+            mode: NamedVolumeMode::EnsureExists,
+            request: VolumeRequest::default(),
+            exists: false,
+        }];
+        // Its maker is killed: nobody calls `roll_back`.
+        let (dir, making) = home.create_sandbox(&spec).unwrap();
+        let made = || prepare(home, &spec.name, &plan).unwrap();
+        drop(made().made);
+        assert_eq!(names(home), ["new"], "it is still being made");
+        drop(making);
+        assert!(names(home).is_empty());
+
+        // Somebody has put something into it meanwhile.
+        drop(made().made);
+        fs::write(folder(home, &name("new")).join("file"), "x").unwrap();
+        assert_eq!(names(home), ["new"]);
+        remove(home, &name("new")).unwrap();
+
+        // The sandbox has run, although nobody calls `keep`.
+        drop(made().made);
+        dir.commit().unwrap();
+        assert_eq!(names(home), ["new"]);
+        dir.remove().unwrap();
+        assert_eq!(names(home), ["new"]);
     }
 
     #[test]

@@ -108,12 +108,21 @@ fn open(parent: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd> {
     }
 }
 
-/// Bytes that a tree really takes on the disk: holes do not count, files with several names once.
+/// How much a tree is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Size {
+    /// Bytes that its files hold, holes included.
+    pub(crate) logical: u64,
+    /// Bytes that it takes on the disk.
+    pub(crate) allocated: u64,
+}
+
+/// Measures a tree: holes take nothing, files with several names count once.
 ///
 /// What changes or disappears meanwhile is counted as it was seen.
-pub(crate) fn allocated(root: &Path) -> u64 {
+pub(crate) fn measure(root: &Path) -> Size {
     let mut seen = HashSet::new();
-    let mut bytes = 0;
+    let mut size = Size::default();
     let mut waiting = vec![root.to_owned()];
     while let Some(folder) = waiting.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
@@ -124,11 +133,13 @@ pub(crate) fn allocated(root: &Path) -> u64 {
                 waiting.push(entry.path());
             } else if found.nlink() > 1 && !seen.insert((found.dev(), found.ino())) {
                 continue;
+            } else if found.is_file() {
+                size.logical += found.len();
             }
-            bytes += found.blocks() * 512;
+            size.allocated += found.blocks() * 512;
         }
     }
-    bytes
+    size
 }
 
 #[cfg(test)]
@@ -181,11 +192,12 @@ mod tests {
             .unwrap()
             .set_len(1 << 30)
             .unwrap();
-        assert!(allocated(dir.path()) < 1 << 20);
+        assert!(measure(dir.path()).allocated < 1 << 20);
+        assert_eq!(measure(dir.path()).logical, 1 << 30);
         fs::write(dir.path().join("full"), vec![1; 1 << 20]).unwrap();
-        let one = allocated(dir.path());
-        assert!(one >= 1 << 20);
+        let one = measure(dir.path());
+        assert!(one.allocated >= 1 << 20);
         fs::hard_link(dir.path().join("full"), dir.path().join("again")).unwrap();
-        assert_eq!(allocated(dir.path()), one);
+        assert_eq!(measure(dir.path()), one);
     }
 }

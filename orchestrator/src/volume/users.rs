@@ -1,5 +1,7 @@
 //! Which sandboxes use a volume.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::MicrosandboxResult;
@@ -21,30 +23,41 @@ pub struct VolumeUse {
 ///
 /// # Errors
 ///
-/// [`crate::ErrorKind::Io`] when the sandboxes cannot be listed. A sandbox whose request cannot be
-/// read, because it is just being removed, does not count.
+/// [`crate::ErrorKind::Io`] when the sandboxes cannot be listed.
 pub(crate) fn sandboxes_using(
     home: &Home,
     volume: &VolumeName,
 ) -> MicrosandboxResult<Vec<VolumeUse>> {
-    let mut users = Vec::new();
+    Ok(uses(home)?.remove(volume).unwrap_or_default())
+}
+
+/// The volumes that sandboxes name in their requests, each with those sandboxes. A sandbox whose
+/// request cannot be read, because it is just being removed, does not count.
+///
+/// # Errors
+///
+/// [`crate::ErrorKind::Io`] when the sandboxes cannot be listed.
+pub fn uses(home: &Home) -> MicrosandboxResult<BTreeMap<VolumeName, Vec<VolumeUse>>> {
+    let mut uses: BTreeMap<VolumeName, Vec<VolumeUse>> = BTreeMap::new();
     for dir in home.list_sandboxes()? {
         let Ok(spec) = dir.spec() else { continue };
-        let mut accesses = spec
-            .mounts
-            .iter()
-            .filter(
-                |mount| matches!(&mount.source, MountSource::Named { name, .. } if name == volume),
-            )
-            .map(|mount| mount.access)
-            .peekable();
-        if accesses.peek().is_some() {
-            users.push(VolumeUse {
-                sandbox: spec.name.clone(),
-                running: dir.is_running(),
-                read_only: accesses.all(|access| access == Access::ReadOnly),
-            });
+        let running = dir.is_running();
+        for mount in &spec.mounts {
+            let MountSource::Named { name, .. } = &mount.source else {
+                continue;
+            };
+            let read_only = mount.access == Access::ReadOnly;
+            let users = uses.entry(name.clone()).or_default();
+            match users.last_mut().filter(|last| last.sandbox == spec.name) {
+                // Mounted twice: it can be written if one of them can.
+                Some(last) => last.read_only &= read_only,
+                None => users.push(VolumeUse {
+                    sandbox: spec.name.clone(),
+                    running,
+                    read_only,
+                }),
+            }
         }
     }
-    Ok(users)
+    Ok(uses)
 }

@@ -12,8 +12,8 @@ use rustix::process::{Gid, Uid, chdir, ioctl_tiocsctty, setsid, umask};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-use super::confine;
 use super::users::{self, Identity};
+use super::{confine, transfer};
 use crate::sys;
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -34,7 +34,17 @@ struct Failure {
 
 /// Becomes the command, or says on `report` why it cannot: errno, then words.
 pub(super) fn run(exec: &Exec, streams: &Streams, restricted: bool, report: OwnedFd) -> ! {
-    let Failure { errno, message } = start(exec, streams, restricted);
+    let Failure { errno, message } = match prepare(exec, streams, restricted) {
+        Err(failure) => failure,
+        Ok(environment) => match &exec.builtin {
+            None => execute(exec, &environment),
+            Some(work) => {
+                // Closes the report as well, by which the agent learns that the work has begun.
+                sys::close_all_but_standard();
+                sys::exit_now(transfer::carry_out(work))
+            }
+        },
+    };
     let mut text = errno.raw_os_error().to_le_bytes().to_vec();
     text.extend_from_slice(message.as_bytes());
     // If the agent is gone there is nobody to tell.
@@ -49,13 +59,6 @@ pub(super) fn parse_report(report: &[u8]) -> Option<(i32, String)> {
         i32::from_le_bytes(*errno),
         String::from_utf8_lossy(message).into_owned(),
     ))
-}
-
-fn start(exec: &Exec, streams: &Streams, restricted: bool) -> Failure {
-    match prepare(exec, streams, restricted) {
-        Err(failure) => failure,
-        Ok(environment) => execute(exec, &environment),
-    }
 }
 
 fn prepare(
@@ -266,6 +269,7 @@ mod tests {
             cwd: None,
             user: None,
             terminal: None,
+            builtin: None,
         };
         let identity = Identity {
             uid: 0,

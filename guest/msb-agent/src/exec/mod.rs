@@ -2,6 +2,7 @@
 
 mod child;
 mod confine;
+mod transfer;
 mod users;
 
 use std::collections::VecDeque;

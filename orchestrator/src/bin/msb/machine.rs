@@ -1,6 +1,7 @@
 //! Verbs about this machine: what would be done on it, what it lacks, how a shell completes.
 
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::CommandFactory;
@@ -66,5 +67,21 @@ pub(crate) fn completion(shell: Shell) -> Result<ExitCode, Error> {
     let text = String::from_utf8(script)
         .map_err(|error| Error::io("cannot write the script", io::Error::other(error)))?;
     output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `msb man`: the manual page of `msb`, or into a folder one for each verb as well.
+pub(crate) fn man(folder: Option<&Path>) -> Result<ExitCode, Error> {
+    let Some(folder) = folder else {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(Cli::command())
+            .render(&mut page)
+            .map_err(|error| Error::io("cannot write the manual page", error))?;
+        output::print(&String::from_utf8_lossy(&page))?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    let cannot = |error| Error::io(format!("cannot write to `{}`", folder.display()), error);
+    std::fs::create_dir_all(folder).map_err(cannot)?;
+    clap_mangen::generate_to(Cli::command(), folder).map_err(cannot)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,6 +4,8 @@ mod conf;
 mod sandbox;
 mod volume;
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -62,9 +64,13 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Show what a sandbox has printed
     Logs(Logs),
+    /// Copy files and directories between the host and a running sandbox
+    Cp(Copy),
     /// Remove sandboxes
     #[command(visible_alias = "remove")]
     Rm(Remove),
+    /// Show what sandboxes, volumes and images take of the disk
+    Df(DiskUsage),
     /// Look for what is missing on this machine and say how to get it
     Doctor(Format),
     /// Print what would be done for a sandbox, as JSON, without doing it
@@ -79,6 +85,11 @@ pub(crate) enum Command {
     Completion {
         /// The shell
         shell: Shell,
+    },
+    /// Print the manual page, or write one for each verb into a folder
+    Man {
+        /// Folder, made when missing
+        folder: Option<PathBuf>,
     },
     /// Be the supervisor of one sandbox
     #[command(hide = true)]
@@ -99,6 +110,31 @@ pub(crate) struct PlanFlags {
     /// Command to run
     #[arg(last = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
+}
+
+/// The flags of `msb cp`.
+#[derive(Debug, Args)]
+pub(crate) struct Copy {
+    /// What is copied: a path of the host, or NAME:PATH in a sandbox; `PATH/.` means the content of
+    /// a directory
+    #[arg(value_name = "SOURCE")]
+    pub(crate) from: String,
+    /// Where it goes, likewise; into it when it is a directory
+    #[arg(value_name = "DEST")]
+    pub(crate) to: String,
+    /// Print nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// The flags of `msb df`.
+#[derive(Debug, Args)]
+pub(crate) struct DiskUsage {
+    /// Each thing by itself
+    #[arg(long)]
+    pub(crate) verbose: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
 }
 
 /// How a result is printed.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use microsandbox::rundir::Home;
 use microsandbox::spec::SandboxName;
-use microsandbox::{Error, ErrorKind, Launch, Sandbox};
+use microsandbox::{Error, ErrorKind, Launch, Sandbox, mend};
 
 use crate::args::{Remove, Restart, Selection, Start, Stop};
 use crate::output;
@@ -82,7 +82,7 @@ pub(super) async fn remove(home: &Home, name: &str, force: bool) -> Result<(), E
             return Err(error);
         }
     }
-    home.sweep();
+    mend(home);
     match dir.remove() {
         // An ephemeral sandbox goes when it stops.
         Err(error) if force && error.kind() == ErrorKind::SandboxNotFound => Ok(()),

@@ -6,7 +6,7 @@ use microsandbox::evidence::{self, Evidence};
 use microsandbox::plan::Plan;
 use microsandbox::rundir::{Home, SandboxDir, SandboxState, Status};
 use microsandbox::spec::{Access, ImageSource, MountSource, MountSpec, SandboxName, SandboxSpec};
-use microsandbox::{Error, ErrorKind};
+use microsandbox::{Error, ErrorKind, mend};
 use serde::Serialize;
 
 use crate::args::{Inspect, OutputFormat, Processes, Sandboxes};
@@ -332,7 +332,7 @@ fn mount_line(mount: &MountSpec) -> String {
 
 fn all() -> Result<Vec<(SandboxDir, SandboxSpec, SandboxState)>, Error> {
     let home = Home::from_env()?;
-    home.sweep();
+    mend(&home);
     let mut found = Vec::new();
     for dir in home.list_sandboxes()? {
         // One that is removed meanwhile is not listed.

@@ -1,11 +1,13 @@
 //! One function per verb: what was typed becomes a call of the library, its result text.
 
+mod copy;
 mod exec;
 mod image;
 mod lifecycle;
 mod list;
 mod logs;
 mod run;
+mod usage;
 mod volume;
 
 use std::env;
@@ -70,6 +72,8 @@ async fn dispatch(command: Command) -> Result<ExitCode, Error> {
         Command::Stop(args) => lifecycle::stop(&args).await,
         Command::Restart(args) => lifecycle::restart(&args).await,
         Command::Rm(args) => lifecycle::rm(&args).await,
+        Command::Cp(args) => copy::cp(&args).await,
+        Command::Df(args) => usage::df(&args),
         Command::Exec(args) => exec::exec(&args).await,
         Command::Ls(args) => list::ls(&args),
         Command::Ps(args) => list::ps(&args),
@@ -80,6 +84,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Error> {
         Command::Plan(flags) => machine::plan(&flags),
         Command::Doctor(format) => machine::doctor(format),
         Command::Completion { shell } => machine::completion(shell),
+        Command::Man { folder } => machine::man(folder.as_deref()),
         Command::Supervise(_) | Command::Tied(_) | Command::Krun(_) => Err(Error::new(
             ErrorKind::Unsupported,
             "this verb is a process of its own",

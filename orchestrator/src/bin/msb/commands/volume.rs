@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
-use microsandbox::{Error, ErrorKind, Volume, VolumeHandle, VolumeKind, VolumeUse};
+use microsandbox::rundir::Home;
+use microsandbox::{Error, ErrorKind, Volume, VolumeHandle, VolumeKind, VolumeUse, volume};
 use serde::Serialize;
 
 use crate::args::{
@@ -75,6 +76,10 @@ async fn create(flags: VolumeCreate) -> Result<(), Error> {
 
 async fn list(flags: &VolumeList) -> Result<(), Error> {
     let volumes = Volume::list().await?;
+    let uses: BTreeMap<String, Vec<VolumeUse>> = volume::uses(&Home::from_env()?)?
+        .into_iter()
+        .map(|(name, users)| (name.to_string(), users))
+        .collect();
     if flags.quiet {
         let names: String = volumes
             .iter()
@@ -85,7 +90,8 @@ async fn list(flags: &VolumeList) -> Result<(), Error> {
     if flags.format.format == OutputFormat::Json {
         let mut rows = Vec::new();
         for volume in &volumes {
-            rows.push(row(volume).await?);
+            let users = uses.get(volume.name()).cloned().unwrap_or_default();
+            rows.push(row(volume, users).await?);
         }
         return output::json(&rows);
     }
@@ -95,9 +101,8 @@ async fn list(flags: &VolumeList) -> Result<(), Error> {
     }
     let mut table = Table::new(&["NAME", "KIND", "SIZE", "CREATED", "IN USE BY"]);
     for volume in &volumes {
-        let users = volume.used_by().await?;
+        let users = uses.get(volume.name()).into_iter().flatten();
         let running: Vec<&str> = users
-            .iter()
             .filter(|user| user.running)
             .map(|user| user.sandbox.as_str())
             .collect();
@@ -118,7 +123,7 @@ async fn list(flags: &VolumeList) -> Result<(), Error> {
 
 async fn inspect(flags: &VolumeInspect) -> Result<(), Error> {
     let volume = Volume::get(&flags.name).await?;
-    let row = row(&volume).await?;
+    let row = row(&volume, volume.used_by().await?).await?;
     if flags.format.format == OutputFormat::Json {
         return output::json(&row);
     }
@@ -181,7 +186,7 @@ async fn remove(flags: &VolumeRemove) -> Result<ExitCode, Error> {
     Ok(code)
 }
 
-async fn row(volume: &VolumeHandle) -> Result<Row, Error> {
+async fn row(volume: &VolumeHandle, used_by: Vec<VolumeUse>) -> Result<Row, Error> {
     Ok(Row {
         name: volume.name().to_owned(),
         kind: volume.kind(),
@@ -193,7 +198,7 @@ async fn row(volume: &VolumeHandle) -> Result<Row, Error> {
         disk_fstype: volume.disk_fstype().map(str::to_owned),
         labels: volume.labels().clone(),
         created_at: output::timestamp(volume.created_at()),
-        used_by: volume.used_by().await?,
+        used_by,
     })
 }
 
