@@ -259,6 +259,11 @@ const BAD: &[(&str, i32, &str)] = &[
         "exclude each other",
     ),
     ("--mount-dir ./dir:/x:quota=5K", 1, "`5K` is not a size"),
+    (
+        "--mount-file file:/x:quota=5",
+        1,
+        "a quota limits what is in a directory",
+    ),
     ("--tmpfs /x:5MB", 1, "`5MB` is not a size"),
     (
         "--tmpfs /x:5:size=6",
@@ -429,6 +434,10 @@ const BAD_LINES: &[(&str, i32, &str)] = &[
     ("volume inspect none", 1, "volume `none` does not exist"),
     ("volume rm none", 1, "volume `none` does not exist"),
     ("volume rm", 2, "<NAME>"),
+    ("cp ./file ./dir", 1, "neither side is in a sandbox"),
+    ("cp a:/x b:/y", 1, "both sides are in a sandbox"),
+    ("cp ./file none:/x", 1, "there is no sandbox `none`"),
+    ("df --format yaml", 2, "invalid value 'yaml'"),
     ("volume ls --format yaml", 2, "invalid value 'yaml'"),
     ("completion none", 2, "invalid value 'none'"),
 ];
@@ -615,4 +624,44 @@ fn every_shell_is_completed() {
             "{shell}"
         );
     }
+}
+
+#[test]
+fn every_verb_has_a_manual_page() {
+    let scratch = Scratch::new();
+    assert!(scratch.must(&["man"]).contains(".TH msb 1"));
+    scratch.must(&["man", "pages"]);
+    for page in ["msb.1", "msb-run.1", "msb-cp.1", "msb-volume-create.1"] {
+        let text = fs::read_to_string(scratch.path("work/pages").join(page)).unwrap();
+        assert!(text.contains(".SH OPTIONS"), "{page}: {text}");
+    }
+    assert!(!scratch.path("work/pages/msb-supervise.1").exists());
+}
+
+#[test]
+fn sizes_are_true_and_say_what_can_be_freed() {
+    let scratch = Scratch::new();
+    scratch.must(&["volume", "create", "dir"]);
+    scratch.must(&["volume", "create", "disk", "--kind", "disk", "--size", "1G"]);
+    fs::write(scratch.path("home/volumes/dir/file"), vec![1; 1 << 20]).unwrap();
+    let used: serde_json::Value =
+        serde_json::from_str(&scratch.must(&["df", "--format", "json"])).unwrap();
+    let sum = |class: &str| {
+        let sums = used["summary"].as_array().unwrap();
+        sums.iter().find(|sum| sum["type"] == class).unwrap()
+    };
+    let (dirs, disks) = (sum("dir-volume"), sum("disk-volume"));
+    assert_eq!((&dirs["count"], &dirs["in_use"]), (&1.into(), &0.into()));
+    assert_eq!(dirs["logical_bytes"], 1 << 20);
+    assert_eq!(dirs["reclaimable_bytes"], dirs["allocated_bytes"]);
+    assert_eq!(disks["logical_bytes"], 1 << 30);
+    assert!(
+        disks["allocated_bytes"].as_u64().unwrap() < 64 << 20,
+        "{disks}"
+    );
+    let table = scratch.must(&["df", "--verbose"]);
+    assert!(
+        table.contains("disk volumes") && table.contains("1 GiB"),
+        "{table}"
+    );
 }

@@ -1,0 +1,278 @@
+//! The Rust examples of the documents, pasted as they stand there, run against real sandboxes.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use microsandbox::{
+    DiskImageFormat, ErrorKind, MicrosandboxResult, Sandbox, SizeExt, StatVirtualization, Volume,
+    VolumeKind,
+};
+use msb_testkit::documents::{EVERYTHING, documents, everything, relaxed_link};
+use msb_testkit::msb::{Msb, bin_dir, kernel};
+
+/// Runs `example` in a process of its own, in the folder of `msb` and with its home: both come
+/// from the process, which cannot change them while it has threads.
+fn pasted(
+    name: &str,
+    example: impl AsyncFnOnce() -> Result<()>,
+    after: impl FnOnce(&Msb) -> Result<()>,
+) -> Result<()> {
+    if std::env::var_os("MSB_TEST_INSIDE").is_some() {
+        let events = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        return events.block_on(example());
+    }
+    let msb = documents()?;
+    let output = Command::new("timeout")
+        .args(["--kill-after=20", "150"])
+        .arg(std::env::current_exe()?)
+        .args(["--exact", name, "--nocapture"])
+        .current_dir(msb.path(""))
+        .env("MSB_TEST_INSIDE", "1")
+        .env("MSB_HOME", msb.home())
+        .env("MSB_KERNEL", kernel())
+        .env("MSB_BIN_DIR", bin_dir())
+        .output()?;
+    let said = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    ensure!(output.status.success(), "{}{}", said.0, said.1);
+    ensure!(
+        said.0.contains("1 passed"),
+        "the example did not run: {}",
+        said.0
+    );
+    after(&msb)
+}
+
+/// The error that there must be.
+fn refusal<T>(result: MicrosandboxResult<T>) -> Result<microsandbox::Error> {
+    result.err().context("it was not refused")
+}
+
+/// Runs a line in a sandbox, which must succeed.
+async fn shell(sb: &Sandbox, line: &str) -> Result<String> {
+    let output = sb.shell(line).await?;
+    ensure!(
+        output.success(),
+        "{line}: {}{}",
+        output.stdout(),
+        output.stderr()
+    );
+    Ok(output.stdout())
+}
+
+#[test]
+fn bind_mounts() -> Result<()> {
+    let example = async || {
+        let sb = Sandbox::builder("dev")
+            .image("python")
+            .volume("/app/src", |v| v.bind("./src").readonly().noexec())
+            .volume("/app/data", |v| v.bind("./data"))
+            .create()
+            .await?;
+        let seen = shell(
+            &sb,
+            "cat /app/src/main.py; sh /app/src/tool; /app/src/tool; echo $?; echo guest >/app/data/out",
+        )
+        .await?;
+        ensure!(seen == "print('from the host')\nran\n126\n", "{seen}");
+        ensure!(
+            !sb.shell("touch /app/src/new").await?.success(),
+            "ro can be written"
+        );
+        sb.stop().await?;
+        Sandbox::remove("dev").await?;
+        Ok(())
+    };
+    pasted("bind_mounts", example, |msb| {
+        assert_eq!(msb.read("data/out")?, "guest\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn named_volumes() -> Result<()> {
+    let example = async || {
+        let cache = Volume::builder("pip-cache").create().await?;
+        let docker_data = Volume::builder("docker-data")
+            .disk()
+            .size(20.gib())
+            .create()
+            .await?;
+        ensure!(
+            docker_data.capacity_bytes() == Some(20 << 30),
+            "{docker_data:?}"
+        );
+
+        let sb = Sandbox::builder("worker")
+            .image("python")
+            .volume("/root/.cache/pip", |v| v.named(cache.name()))
+            .create()
+            .await?;
+        shell(&sb, "echo wheel >/root/.cache/pip/wheel").await?;
+        // Reached from the host, while the sandbox runs and without one.
+        ensure!(
+            cache.fs().read_to_string("wheel").await? == "wheel\n",
+            "not what the guest wrote"
+        );
+        let refused = refusal(Volume::remove("pip-cache").await)?;
+        ensure!(
+            refused.kind() == ErrorKind::InUse && refused.to_string().contains("worker"),
+            "{refused}"
+        );
+        sb.stop().await?;
+        Sandbox::remove("worker").await?;
+        cache.fs().write("from-host", "host\n").await?;
+
+        named_with().await?;
+
+        Volume::builder("old-cache").create().await?;
+        let volumes = Volume::list().await?;
+        Volume::remove("old-cache").await?;
+        ensure!(volumes.len() == 3, "{volumes:?}");
+        let left = Volume::list().await?;
+        ensure!(
+            left.iter().all(|volume| volume.name() != "old-cache"),
+            "{left:?}"
+        );
+        let handle = Volume::get("docker-data").await?;
+        ensure!(
+            (handle.kind(), handle.disk_format(), handle.disk_fstype())
+                == (VolumeKind::Disk, Some("raw"), Some("ext4")),
+            "{handle:?}"
+        );
+        handle.remove().await?;
+        Ok(())
+    };
+    pasted("named_volumes", example, |msb| {
+        let left: Vec<_> = fs::read_dir(msb.home().join("volumes"))?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| !name.starts_with('.'))
+            .collect();
+        assert_eq!(left, ["pip-cache"]);
+        Ok(())
+    })
+}
+
+/// The example of the reference, and what its modes refuse.
+async fn named_with() -> Result<()> {
+    let sb = Sandbox::builder("worker")
+        .image("python")
+        .volume("/cache", |v| {
+            v.named_with("pip-cache", |n| n.ensure_exists())
+        })
+        .volume("/var/lib/docker", |v| {
+            v.named_with("docker-data", |n| n.ensure_exists().disk().size(20.gib()))
+        })
+        .create()
+        .await?;
+    let seen = shell(&sb, "cat /cache/wheel /cache/from-host; df -m /var/lib/docker | awk 'NR == 2 {print ($2 > 19000)}'").await?;
+    ensure!(seen == "wheel\nhost\n1\n", "{seen}");
+    sb.stop().await?;
+    Sandbox::remove("worker").await?;
+
+    let refused = |mount: fn(
+        microsandbox::NamedVolumeBuilder,
+    ) -> microsandbox::NamedVolumeBuilder| async move {
+        let sandbox = Sandbox::builder("refused")
+            .image("python")
+            .volume("/new", |v| v.named_with("made-first", |n| n.create()))
+            .volume("/x", |v| v.named_with("pip-cache", mount));
+        refusal(sandbox.create().await).map(|error| error.kind())
+    };
+    let kinds = [
+        refused(|n| n.create()).await?,
+        refused(|n| n.ensure_exists().disk().size(1.gib())).await?,
+        refused(|n| n.ensure_exists().quota(1.gib())).await?,
+        refused(|n| n.ensure_exists().label("team", "x")).await?,
+    ];
+    ensure!(kinds == [ErrorKind::VolumeAlreadyExists; 4], "{kinds:?}");
+    let missing = Sandbox::builder("refused")
+        .image("python")
+        .volume("/x", |v| v.named("missing"))
+        .create()
+        .await;
+    let missing = refusal(missing)?.kind();
+    ensure!(missing == ErrorKind::VolumeNotFound, "{missing:?}");
+    // Nothing was made, or it was taken back.
+    ensure!(
+        Volume::get("made-first").await.is_err(),
+        "a volume was left"
+    );
+    ensure!(Sandbox::get("refused").await.is_err(), "a sandbox was left");
+    Ok(())
+}
+
+#[test]
+fn disk_images_and_tmpfs() -> Result<()> {
+    let example = async || {
+        let sb = Sandbox::builder("seeded")
+            .image("alpine")
+            .volume("/seed", |v| v.disk("./seed.raw").readonly().noexec())
+            .create()
+            .await?;
+        let seen = shell(&sb, "cat /seed/greeting; /seed/tool; echo $?").await?;
+        ensure!(seen == "from the image\n126\n", "{seen}");
+        ensure!(
+            !sb.shell("touch /seed/new").await?.success(),
+            "ro can be written"
+        );
+        sb.stop().await?;
+        Sandbox::remove("seeded").await?;
+
+        let sb = Sandbox::builder("worker")
+            .image("alpine")
+            .volume("/tmp/scratch", |v| v.tmpfs().size(100).noexec())
+            .create()
+            .await?;
+        let seen = shell(&sb, "df -m /tmp/scratch | awk 'NR == 2 {print $1, $2}'").await?;
+        ensure!(seen == "tmpfs 100\n", "{seen}");
+        sb.stop().await?;
+        Ok(())
+    };
+    pasted("disk_images_and_tmpfs", example, |msb| {
+        // What one process made, another sees.
+        assert_eq!(msb.msb(["ls", "-q"])?.out, "worker\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn everything_combined() -> Result<()> {
+    let example = async || {
+        Volume::builder("pip-cache").create().await?;
+        let sb = combined().await.context("the example")?;
+        let seen = shell(&sb, &everything()).await?;
+        ensure!(seen == EVERYTHING, "{seen}");
+        sb.stop().await?;
+        Ok(())
+    };
+    pasted("everything_combined", example, relaxed_link)
+}
+
+async fn combined() -> MicrosandboxResult<Sandbox> {
+    let sb = Sandbox::builder("full")
+        .image("python")
+        .volume("/app/src", |v| v.bind("./src").readonly().noexec())
+        .volume("/app/pyproject.toml", |v| {
+            v.bind("./pyproject.toml").readonly()
+        })
+        .volume("/root/.cache/pip", |v| {
+            v.named("pip-cache")
+                .stat_virtualization(StatVirtualization::Relaxed)
+        })
+        .volume("/dataset", |v| {
+            v.disk("./dataset.qcow2")
+                .format(DiskImageFormat::Qcow2)
+                .fstype("ext4")
+                .readonly()
+        })
+        .volume("/tmp", |v| v.tmpfs().size(1024).noexec().nosuid().nodev())
+        .create()
+        .await?;
+    Ok(sb)
+}

@@ -1,0 +1,343 @@
+//! One sandbox through its life: commands, terminal, copies, sizes, logs, restart; two on a quota.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, ensure};
+use msb_testkit::msb::{Msb, Said, host, said};
+use serde_json::Value;
+
+/// Starts a sandbox with a volume of each kind.
+fn begin(msb: &Msb) -> Result<()> {
+    msb.write("share/file", "shared\n")?;
+    let said = msb.msb([
+        "create",
+        "demo",
+        "--name",
+        "life",
+        "--label",
+        "team=x",
+        "--env",
+        "COLOUR=blue",
+        "-v",
+        "./share:/share",
+        "-v",
+        "cache:/cache",
+        "--mount-named",
+        "data:/data:kind=disk,size=32M",
+    ])?;
+    ensure!(said.code == 0 && said.out == "life\n", "{said:?}");
+    Ok(())
+}
+
+#[test]
+fn a_sandbox_lives_through_everything() -> Result<()> {
+    let msb = Msb::new()?;
+    begin(&msb)?;
+    commands(&msb)?;
+    copies(&msb)?;
+    hostile_copies(&msb)?;
+    listings(&msb)?;
+    restarted_elsewhere(&msb)?;
+    // Gone with its root disk; volumes stay.
+    let removed = msb.msb(["rm", "-f", "life"])?;
+    ensure!(removed.code == 0, "{removed:?}");
+    ensure!(
+        msb.msb(["ls", "--format", "json"])?.out == "[]\n",
+        "it is still listed"
+    );
+    ensure!(
+        msb.msb(["volume", "ls", "-q"])?.out == "cache\ndata\n",
+        "volumes went with it"
+    );
+    Ok(())
+}
+
+fn commands(msb: &Msb) -> Result<()> {
+    for (command, code) in [
+        (&["sh", "-c", "exit 3"][..], 3),
+        (&["no-such-program"], 127),
+        (&["/etc/passwd"], 126),
+        (&["sh", "-c", "kill -TERM $$"], 128 + 15),
+        (&["sh", "-c", "kill -SEGV $$"], 128 + 11),
+    ] {
+        let said = msb.msb(["exec", "life", "--"].iter().chain(command))?;
+        ensure!(said.code == code, "{command:?}: {said:?}");
+    }
+    let slow = msb.msb(["exec", "--timeout", "1", "life", "--", "sleep", "60"])?;
+    ensure!(slow.code == 124, "{slow:?}");
+    let said = msb.msb([
+        "exec",
+        "-e",
+        "SIZE=large",
+        "-w",
+        "/cache",
+        "-u",
+        "user",
+        "life",
+        "--",
+        "sh",
+        "-c",
+        "echo $COLOUR $SIZE $PWD $(id -un)",
+    ])?;
+    ensure!(said.out == "blue large /cache user\n", "{said:?}");
+    // A terminal, with its size, its echo and its control characters.
+    let mut child = msb
+        .command([
+            "exec",
+            "-t",
+            "life",
+            "--",
+            "sh",
+            "-c",
+            "tty; stty size; read line; echo got $line; sleep 60",
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut input = child.stdin.take().context("no standard input")?;
+    std::io::Write::write_all(&mut input, b"typed\n")?;
+    // Interrupts what runs on the terminal, as Ctrl-C does.
+    let mut seen = String::new();
+    let mut output = child.stdout.take().context("no standard output")?;
+    let mut buffer = [0; 4096];
+    while !seen.contains("got typed") {
+        let count = std::io::Read::read(&mut output, &mut buffer)?;
+        ensure!(count > 0, "the terminal ended: {seen}");
+        seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+    }
+    std::io::Write::write_all(&mut input, b"\x03")?;
+    let ended = said_of(child)?;
+    ensure!(ended.code == 130, "{ended:?}");
+    ensure!(
+        seen.contains("/dev/pts/") && seen.contains("24 80"),
+        "{seen}"
+    );
+    Ok(())
+}
+
+fn said_of(child: std::process::Child) -> Result<Said> {
+    said(&child.wait_with_output()?)
+}
+
+fn copies(msb: &Msb) -> Result<()> {
+    // A tree with everything that a copy has to keep, judged by diff and stat.
+    for number in 0..60 {
+        msb.write(
+            &format!("tree/d{}/f{number}", number % 7),
+            format!("{number}\n").repeat(number),
+        )?;
+    }
+    msb.write("tree/big", vec![7; 5 << 20])?;
+    msb.write("tree/with space and ü", "x")?;
+    msb.write(&format!("tree/{}/deep", "long".repeat(50)), "x")?;
+    symlink("d1/f1", msb.path("tree/link"))?;
+    symlink("/nowhere", msb.path("tree/dangling"))?;
+    fs::create_dir(msb.path("tree/empty"))?;
+    let script = msb.write("tree/script", "#!/bin/sh\n")?;
+    fs::set_permissions(script, fs::Permissions::from_mode(0o751))?;
+    for (from, to) in [
+        ("./tree", "life:/srv"),          // made
+        ("./tree", "life:/srv"),          // into it: /srv/tree
+        ("./tree/.", "life:/cache"),      // its content
+        ("./tree/big", "life:/data/big"), // a file
+        ("./tree/big", "life:/data/"),    // into a directory
+        ("life:/srv", "./back"),
+        ("life:/srv/tree/.", "./back2"),
+        ("life:/srv/script", "./script"),
+        ("life:/data/big", "./"),
+    ] {
+        let said = msb.msb(["cp", from, to])?;
+        ensure!(
+            said.code == 0 && said.out.is_empty() && said.err.is_empty(),
+            "{from} {to}: {said:?}"
+        );
+    }
+    let tree = msb.path("tree").display().to_string();
+    for copy in ["back2", "home/volumes/cache"] {
+        let other = msb.path(copy).display().to_string();
+        host("diff", ["-r", "--no-dereference", &tree, &other])?;
+    }
+    ensure!(
+        msb.path("back/tree/link").is_symlink(),
+        "not put into the directory"
+    );
+    let mode = |name: &str| anyhow::Ok(fs::metadata(msb.path(name))?.permissions().mode() & 0o777);
+    ensure!(
+        (mode("script")?, mode("back/script")?) == (0o751, 0o751),
+        "modes are lost"
+    );
+    ensure!(
+        fs::read(msb.path("big"))? == vec![7; 5 << 20],
+        "the large file differs"
+    );
+    for (from, to, wanted) in [
+        ("./none", "life:/x", "./none"),
+        ("life:/none", "./x", "/none"),
+        ("./tree", "life:/srv/script", "not a directory"),
+        ("./tree/big", "life:/none/x", "/none/x"),
+        ("life:/srv", "./script", "is a file"),
+        ("./a", "./b", "neither side"),
+        ("life:/a", "life:/b", "both sides"),
+        ("./tree", "other:/b", "other"),
+    ] {
+        let said = msb.msb(["cp", from, to])?;
+        ensure!(
+            said.code == 1 && said.err.contains(wanted),
+            "{from} {to}: {said:?}"
+        );
+    }
+    ensure!(!msb.path("x").exists(), "a refused copy left something");
+    Ok(())
+}
+
+/// What the guest chooses for its files leads nowhere on the host.
+fn hostile_copies(msb: &Msb) -> Result<()> {
+    let outside = msb.dir("outside")?;
+    let script = format!(
+        "mkdir /h; cd /h; ln -s {outside} up; ln -s ../../outside rel; mkfifo pipe; cp /bin/busybox suid; chmod 6755 suid",
+        outside = outside.display()
+    );
+    msb.exec("life", &script)?;
+    let said = msb.msb(["cp", "life:/h", "./h"])?;
+    ensure!(said.code == 0 && said.err.contains("pipe"), "{said:?}");
+    ensure!(
+        msb.path("h/up").is_symlink() && !msb.path("h/pipe").exists(),
+        "{said:?}"
+    );
+    let mode = fs::metadata(msb.path("h/suid"))?.permissions().mode();
+    ensure!(mode & 0o7777 == 0o755, "{mode:o}");
+    // The second copy finds the links of the first, and does not write through them.
+    msb.exec(
+        "life",
+        "cd /h; rm up rel; mkdir up rel; echo x >up/x; echo x >rel/x",
+    )?;
+    let said = msb.msb(["cp", "life:/h/.", "./h"])?;
+    ensure!(said.code == 1, "{said:?}");
+    ensure!(fs::read_dir(&outside)?.count() == 0, "written outside");
+    Ok(())
+}
+
+fn listings(msb: &Msb) -> Result<()> {
+    let json = |line: &str| -> Result<Value> {
+        let said = msb.msb(line.split(' '))?;
+        ensure!(said.code == 0, "{line}: {said:?}");
+        serde_json::from_str(&said.out).with_context(|| format!("{line}: {}", said.out))
+    };
+    let used = json("df --format json")?;
+    let entry = |class: &str, name: &str| {
+        let entries = used["entries"].as_array().into_iter().flatten();
+        let mut found = entries
+            .filter(|e| e["type"] == class && e["name"].as_str().is_some_and(|n| n.contains(name)));
+        found
+            .next()
+            .cloned()
+            .with_context(|| format!("{class} {name}: {used}"))
+    };
+    let disk = entry("disk-volume", "data")?;
+    ensure!(
+        disk["in_use"] == true && disk["logical_bytes"] == 32 << 20,
+        "{disk}"
+    );
+    ensure!(disk["allocated_bytes"].as_u64() < Some(32 << 20), "{disk}");
+    for (class, name) in [
+        ("dir-volume", "cache"),
+        ("sandbox", "life"),
+        ("image", "demo"),
+    ] {
+        let entry = entry(class, name)?;
+        ensure!(
+            entry["in_use"] == true && entry["reclaimable_bytes"] == 0,
+            "{entry}"
+        );
+    }
+    ensure!(
+        entry("dir-volume", "cache")?["allocated_bytes"].as_u64() > Some(5 << 20),
+        "{used}"
+    );
+    let table = msb.msb(["df"])?.out;
+    ensure!(
+        table.starts_with("TYPE                COUNT   IN USE   LOGICAL"),
+        "{table}"
+    );
+
+    let volume = json("volume inspect cache --format json")?;
+    ensure!(
+        volume["used_by"][0]["sandbox"] == "life" && volume["used_by"][0]["running"] == true,
+        "{volume}"
+    );
+    ensure!(volume["used_bytes"].as_u64() > Some(5 << 20), "{volume}");
+    let listed = json("ls --format json --label team=x")?;
+    ensure!(
+        listed[0]["name"] == "life" && listed[0]["status"] == "running",
+        "{listed}"
+    );
+    let shown = json("ps --format json")?;
+    ensure!(
+        shown[0]["cpus"] == 1 && shown[0]["supervisor_pid"].is_u64(),
+        "{shown}"
+    );
+    let whole = json("inspect life --format json")?;
+    ensure!(
+        whole["config"]["mounts"].as_array().map(Vec::len) == Some(3),
+        "{whole}"
+    );
+    // What nobody waited for is in the log.
+    msb.msb([
+        "exec",
+        "-d",
+        "life",
+        "--",
+        "sh",
+        "-c",
+        "echo one; echo two; echo three >&2",
+    ])?;
+    for _ in 0..50 {
+        if msb.msb(["logs", "life"])?.out.contains("three") {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let log = msb.msb(["logs", "--tail", "2", "life"])?;
+    ensure!(
+        log.code == 0 && log.out.lines().count() == 2 && log.out.contains("three"),
+        "{log:?}"
+    );
+    Ok(())
+}
+
+fn restarted_elsewhere(msb: &Msb) -> Result<()> {
+    msb.exec("life", "echo changed >/etc/motd; rm /bin/vi; echo unsynced >/data/last; echo unsynced >/cache/last")?;
+    let restarted = said(&msb.command(["restart", "life"]).current_dir("/").output()?)?;
+    ensure!(restarted.code == 0, "{restarted:?}");
+    let said = msb.exec(
+        "life",
+        "cat /etc/motd /share/file /cache/last /data/last; ls /bin/vi /srv/script; echo $COLOUR",
+    )?;
+    ensure!(
+        said.out == "changed\nshared\nunsynced\nunsynced\n/srv/script\nblue\n",
+        "{said:?}"
+    );
+    // A volume that is missing is missed, and not made anew with nothing in it.
+    ensure!(msb.msb(["stop", "life"])?.code == 0, "it does not stop");
+    ensure!(
+        msb.msb(["volume", "rm", "cache"])?.code == 0,
+        "a stopped sandbox holds its volume"
+    );
+    let missed = msb.msb(["start", "life"])?;
+    ensure!(
+        missed.code == 1 && missed.err.contains("volume `cache` does not exist"),
+        "{missed:?}"
+    );
+    ensure!(
+        msb.msb(["volume", "create", "cache"])?.code == 0,
+        "it cannot be made again"
+    );
+    ensure!(
+        msb.msb(["exec", "life", "--", "true"])?.code == 0,
+        "exec does not start it"
+    );
+    Ok(())
+}
