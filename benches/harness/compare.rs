@@ -48,6 +48,8 @@ impl Measure {
     /// How often better `ours` is than `theirs`.
     pub fn ratio(self, ours: f64, theirs: f64) -> f64 {
         match self {
+            // Also where both are nothing.
+            _ if ours.total_cmp(&theirs).is_eq() => 1.0,
             Self::Rate => ours / theirs,
             _ => theirs / ours.max(f64::MIN_POSITIVE),
         }
