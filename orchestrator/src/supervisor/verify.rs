@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::process::geteuid;
 
 use super::child::Child;
-use crate::backend::Jail;
+use crate::backend::{self, Jail};
 use crate::evidence::{
     self, Evidence, Expected, FileId, Files, Role, Row, Verdict, WantedRoot, judge,
 };
@@ -64,7 +64,6 @@ pub(super) async fn verify(
     };
     let own = evidence::read(std::process::id())
         .map_err(|error| Error::io("cannot look at this process in /proc", error))?;
-    let expected = expected(plan)?;
     let begun = Instant::now();
     let mut asleep = None;
     loop {
@@ -72,7 +71,8 @@ pub(super) async fn verify(
             // The cause is what it said last; whoever waits for children reports that.
             return Ok(());
         }
-        let (missing, sleeps) = look(pid, &expected, &own);
+        // Anew each time: the backend may make files that its command line names.
+        let (missing, sleeps) = look(pid, &expected(plan, jail)?, &own);
         if missing.is_empty() {
             tracing::info!("{}: its jail holds", child.purpose);
             return Ok(());
@@ -123,21 +123,31 @@ fn look(pid: u32, expected: &Expected, own: &Evidence) -> (Vec<Row>, bool) {
     (missing, serving.state == 'S')
 }
 
-fn expected(plan: &BackendPlan) -> MicrosandboxResult<Expected> {
+fn expected(plan: &BackendPlan, jail: Jail) -> MicrosandboxResult<Expected> {
     let user = geteuid();
     match &plan.device {
-        DevicePlan::Fs(share) => of_share(share, user.as_raw()),
+        DevicePlan::Fs(share) => {
+            // It may hold what its command line names: the share, and the account of its quota.
+            let words = backend::argv(plan, jail);
+            let paths = words
+                .iter()
+                .map(Path::new)
+                .filter(|word| word.is_absolute());
+            let named = paths.filter_map(|path| std::fs::metadata(path).ok());
+            of_share(share, user.as_raw(), named.map(|stat| id(&stat)).collect())
+        }
         DevicePlan::Blk(disk) => of_disk(disk, user.as_raw()),
     }
 }
 
-fn of_share(share: &FsPlan, user: u32) -> MicrosandboxResult<Expected> {
+fn of_share(share: &FsPlan, user: u32, mut named: Vec<FileId>) -> MicrosandboxResult<Expected> {
     let (path, folder) = match &share.source {
         ShareSource::Directory(path) => (path.as_path(), path.as_path()),
         ShareSource::File(path) => (path.as_path(), path.parent().unwrap_or(Path::new("/"))),
     };
     let root = stat(folder)?;
     let file = stat(path)?;
+    named.push(id(&root));
     let gives_away = share.stat_virtualization == StatVirtualization::Off;
     // As root a server becomes the owner of what it serves; see `Tree::owner` of msb-fs.
     let owner = if root.mode() & 0o001 != 0 {
@@ -158,7 +168,7 @@ fn of_share(share: &FsPlan, user: u32) -> MicrosandboxResult<Expected> {
         },
         root: WantedRoot::Is(id(&root)),
         read_only: share.read_only,
-        files: Files::Only(vec![id(&root), id(&file)]),
+        files: Files::Only(named),
     })
 }
 
