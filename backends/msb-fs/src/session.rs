@@ -146,7 +146,7 @@ impl Session {
             | Operation::Fsyncdir { .. }
             | Operation::Fallocate(_)
             | Operation::Lseek(_)
-            | Operation::CopyFileRange(_) => self.opened(id, &operation, writable),
+            | Operation::CopyFileRange(_) => self.opened(id, caller, &operation, writable),
             _ => self.attributes(id, caller, &operation),
         }
     }
@@ -198,6 +198,7 @@ impl Session {
     fn opened(
         &self,
         id: u64,
+        caller: Caller,
         operation: &Operation<'_>,
         writable: &mut Segments,
     ) -> Result<Answer, Errno> {
@@ -223,7 +224,7 @@ impl Session {
                 let offset = tree.lseek(id, args)?;
                 Ok(Answer::of(&LseekOut { offset }))
             }
-            Operation::CopyFileRange(args) => Ok(Answer::Later(Task::Copy(id, *args))),
+            Operation::CopyFileRange(args) => Ok(Answer::Later(Task::Copy(id, *args, caller))),
             Operation::Release { fh } | Operation::Releasedir { fh } => Ok(Answer::Closed(*fh)),
             Operation::Fsync { fh, data_only } => {
                 let (fh, data_only) = (*fh, *data_only);
@@ -233,7 +234,7 @@ impl Session {
                 let (fh, data_only) = (*fh, *data_only);
                 Ok(Answer::Later(Task::Fsyncdir { id, fh, data_only }))
             }
-            Operation::Fallocate(args) => Ok(Answer::Later(Task::Fallocate(id, *args))),
+            Operation::Fallocate(args) => Ok(Answer::Later(Task::Fallocate(id, *args, caller))),
             _ => Err(Errno::NOSYS),
         }
     }

@@ -4,7 +4,7 @@ use msb_vhost::Segments;
 use rustix::io::Errno;
 
 use crate::answer::Answer;
-use crate::tree::Tree;
+use crate::tree::{Caller, Tree};
 use crate::wire::abi::{CopyFileRangeIn, FallocateIn, ReadIn, WriteOut};
 
 /// One such request.
@@ -27,8 +27,8 @@ pub(crate) enum Task {
         data_only: bool,
     },
     Syncfs,
-    Copy(u64, CopyFileRangeIn),
-    Fallocate(u64, FallocateIn),
+    Copy(u64, CopyFileRangeIn, Caller),
+    Fallocate(u64, FallocateIn, Caller),
 }
 
 impl Task {
@@ -52,11 +52,11 @@ impl Task {
             Self::Fsync { id, fh, data_only } => tree.fsync(id, fh, data_only)?,
             Self::Fsyncdir { id, fh, data_only } => tree.fsyncdir(id, fh, data_only)?,
             Self::Syncfs => tree.syncfs()?,
-            Self::Copy(id, args) => {
-                let size = tree.copy(id, &args)?;
+            Self::Copy(id, args, caller) => {
+                let size = tree.copy(id, &args, caller)?;
                 return Ok(Answer::of(&WriteOut { size, padding: 0 }));
             }
-            Self::Fallocate(id, args) => tree.fallocate(id, &args)?,
+            Self::Fallocate(id, args, caller) => tree.fallocate(id, &args, caller)?,
         }
         Ok(Answer::empty())
     }

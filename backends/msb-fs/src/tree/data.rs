@@ -9,7 +9,7 @@ use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::table::{FileHandle, Node};
-use super::{Caching, Result, Tree};
+use super::{Caching, Caller, Result, Tree};
 use crate::quota::{Account, BLOCK, Room, Tally};
 use crate::sys::{self, Stat};
 use crate::wire::abi::{
@@ -274,7 +274,7 @@ impl Tree {
     }
 
     /// Reserves or frees space of a file.
-    pub fn fallocate(&self, id: u64, args: &FallocateIn) -> Result<()> {
+    pub fn fallocate(&self, id: u64, args: &FallocateIn, caller: Caller) -> Result<()> {
         let handle = self.handle(id, args.fh, true)?;
         let mode = FallocateFlags::from_bits(args.mode).ok_or(Errno::OPNOTSUPP)?;
         let end = args.offset.checked_add(args.length).ok_or(Errno::FBIG)?;
@@ -288,7 +288,17 @@ impl Tree {
         };
         self.within(&[handle.fd()], room, |_| {
             rustix::fs::fallocate(handle.fd(), mode, args.offset, args.length)
-        })
+        })?;
+        self.changed_by(&handle, caller)
+    }
+
+    /// Clears setuid and setgid of a file after a change of its content that says, unlike WRITE,
+    /// nothing of whether to. Root of the guest keeps them.
+    fn changed_by(&self, handle: &OpenFile, caller: Caller) -> Result<()> {
+        if caller.uid == 0 {
+            return Ok(());
+        }
+        self.overlay.drop_special(handle.node())
     }
 
     /// Finds the next data or hole of a file.
@@ -303,7 +313,7 @@ impl Tree {
     }
 
     /// Copies from one open file to another on the host.
-    pub fn copy(&self, id: u64, args: &CopyFileRangeIn) -> Result<u32> {
+    pub fn copy(&self, id: u64, args: &CopyFileRangeIn, caller: Caller) -> Result<u32> {
         if args.flags != 0 {
             return Err(Errno::INVAL);
         }
@@ -326,6 +336,7 @@ impl Tree {
         } else {
             copy(len)?
         };
+        self.changed_by(&to, caller)?;
         u32::try_from(done).map_err(|_| Errno::IO)
     }
 }
