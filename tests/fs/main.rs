@@ -1,6 +1,7 @@
 //! The file server as a file system of the host's kernel: no VM, real programs.
 
 mod bridge;
+mod cache;
 mod content;
 
 mod posix;

@@ -22,6 +22,8 @@ pub struct Setup<'a> {
     pub flags: &'a [&'a str],
     /// The server runs as [`ORDINARY`], who owns the directory, and not as root.
     pub ordinary: bool,
+    /// Only this file of the directory is served.
+    pub file: Option<&'a str>,
     /// How it is mounted.
     pub bridge: Options,
 }
@@ -62,6 +64,9 @@ impl Share {
         if setup.ordinary {
             chown(scratch.path(), Some(ORDINARY), Some(ORDINARY))?;
             chown(&share, Some(ORDINARY), Some(ORDINARY))?;
+        }
+        if let Some(name) = setup.file {
+            fs::write(share.join(name), "")?;
         }
         private_mounts()?;
         Self::serve(scratch, setup)
@@ -137,12 +142,14 @@ pub fn serve(share: &Path, socket: &Path, setup: Setup<'_>) -> Result<Server> {
     command
         .arg("--socket-path")
         .arg(socket)
-        .arg("--shared-dir")
-        .arg(share)
         .args(["--tag", "share", "--log-level", "warn"])
         .args(["--num-request-queues", &setup.bridge.queues.to_string()])
         .args(setup.flags)
         .stdin(Stdio::null());
+    match setup.file {
+        Some(name) => command.arg("--shared-file").arg(share.join(name)),
+        None => command.arg("--shared-dir").arg(share),
+    };
     if setup.ordinary {
         command.uid(ORDINARY).gid(ORDINARY);
     }

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 pub use self::mount::{obstacle, private_mounts};
@@ -85,31 +85,12 @@ impl Bridge {
             let flags = fcntl_getfl(&queue.call)?;
             fcntl_setfl(&queue.call, flags - OFlags::NONBLOCK)?;
         }
-        let (mount, files) = Mount::new(point, usize::from(queues))?;
         let front = Arc::new(front);
-        let shared = Arc::new(Shared::new(Arc::clone(&front), files, slots, event_idx));
-        let mut bridge = Self {
-            shared,
-            mount: Arc::new(mount),
-            submitters: Vec::new(),
-            completers: Vec::new(),
-        };
-        let ring = Consumer::new(&front, 0, event_idx);
-        let (shared, mount) = (Arc::clone(&bridge.shared), Arc::clone(&bridge.mount));
-        bridge.completers.push(spawn("bridge-hiprio", move || {
-            shared.watch(ring, || {
-                mount.abort().ok();
-            });
-        })?);
-        for queue in 0..usize::from(queues) {
-            let ring = Consumer::new(&front, queue + 1, event_idx);
-            let shared = Arc::clone(&bridge.shared);
-            let run = move || shared.complete(queue, ring);
-            bridge.completers.push(spawn("bridge-out", run)?);
-            let shared = Arc::clone(&bridge.shared);
-            let run = move || shared.submit(queue);
-            bridge.submitters.push(spawn("bridge-in", run)?);
-        }
+        let at = point.to_owned();
+        let keeper = spawn("bridge-start", move || start(&front, &at, slots, event_idx))?;
+        let bridge = keeper
+            .join()
+            .map_err(|_| anyhow!("the bridge's start panicked"))??;
         // Waits for the answer to INIT, and shows that the root can be seen.
         std::fs::metadata(point)
             .with_context(|| format!("the mounted root; {}", bridge.complaints().join("; ")))?;
@@ -190,7 +171,41 @@ impl Drop for Bridge {
     }
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+/// Mounts, and starts the threads that relay. Runs in a thread of its own, whose table of
+/// descriptors they share.
+fn start(front: &Arc<FrontEnd>, point: &Path, slots: u16, event_idx: bool) -> Result<Bridge> {
+    let queues = front.queues.len() - 1;
+    let (mount, files) = Mount::new(point, queues)?;
+    let shared = Arc::new(Shared::new(Arc::clone(front), files, slots, event_idx));
+    let mut bridge = Bridge {
+        shared,
+        mount: Arc::new(mount),
+        submitters: Vec::new(),
+        completers: Vec::new(),
+    };
+    let ring = Consumer::new(front, 0, event_idx);
+    let (shared, mount) = (Arc::clone(&bridge.shared), Arc::clone(&bridge.mount));
+    bridge.completers.push(spawn("bridge-hiprio", move || {
+        shared.watch(ring, || {
+            mount.abort().ok();
+        });
+    })?);
+    for queue in 0..queues {
+        let ring = Consumer::new(front, queue + 1, event_idx);
+        let shared = Arc::clone(&bridge.shared);
+        let run = move || shared.complete(queue, ring);
+        bridge.completers.push(spawn("bridge-out", run)?);
+        let shared = Arc::clone(&bridge.shared);
+        let run = move || shared.submit(queue);
+        bridge.submitters.push(spawn("bridge-in", run)?);
+    }
+    Ok(bridge)
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
     let builder = std::thread::Builder::new().name(name.to_owned());
     builder.spawn(run).context("starting a thread")
 }

@@ -1,8 +1,7 @@
 //! A FUSE mount of the host's kernel, and the descriptors that serve it.
 
 use std::ffi::CString;
-use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -55,7 +54,14 @@ pub(super) struct Mount {
 
 impl Mount {
     /// Mounts at `point`; returns `count` descriptors that take requests.
-    pub(super) fn new(point: &Path, count: usize) -> Result<(Self, Vec<File>)> {
+    ///
+    /// The calling thread and those that it starts from now on have a table of descriptors of their
+    /// own, which holds these and ends with them. A thread that waits for a reply would otherwise
+    /// keep the mount alive, and so itself, after its process was killed.
+    pub(super) fn new(point: &Path, count: usize) -> Result<(Self, Vec<RawFd>)> {
+        // SAFETY: all open descriptors keep their numbers in the new table; this thread only ends
+        // it as a whole, and nothing that it owns is closed in the other table.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FILES) }.context("unshare")?;
         let first = open_device()?;
         // As virtiofs: permissions are the guest kernel's business, for all users.
         let data = CString::new(format!(
@@ -76,9 +82,9 @@ impl Mount {
             if result != 0 {
                 return Err(std::io::Error::last_os_error()).context("FUSE_DEV_IOC_CLONE");
             }
-            files.push(File::from(next));
+            files.push(next.into_raw_fd());
         }
-        files.push(File::from(first));
+        files.push(first.into_raw_fd());
         Ok((mount, files))
     }
 

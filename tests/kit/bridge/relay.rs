@@ -1,7 +1,6 @@
 //! Carries requests from /dev/fuse to the rings and replies back.
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -28,7 +27,8 @@ const WRITE_HEAD: usize = IN_HEADER + 40;
 /// What all threads share.
 pub(super) struct Shared {
     pub(super) front: Arc<FrontEnd>,
-    pub(super) files: Vec<File>,
+    /// Numbers in the table of descriptors of the bridge's threads, and of nobody else.
+    files: Vec<RawFd>,
     /// Slots of each request queue.
     pub(super) slots: u16,
     free: Vec<Free>,
@@ -52,7 +52,12 @@ struct Free {
 }
 
 impl Shared {
-    pub(super) fn new(front: Arc<FrontEnd>, files: Vec<File>, slots: u16, event_idx: bool) -> Self {
+    pub(super) fn new(
+        front: Arc<FrontEnd>,
+        files: Vec<RawFd>,
+        slots: u16,
+        event_idx: bool,
+    ) -> Self {
         let queues = files.len();
         let total = queues * usize::from(slots);
         Self {
@@ -148,7 +153,7 @@ impl Shared {
             let at = self.request_at(queue, slot);
             let len = WRITE_HEAD + DATA_MAX;
             let into = self.front.memory.pointer(at, len);
-            let fd = self.files[queue].as_raw_fd();
+            let fd = self.files[queue];
             // SAFETY: `pointer` checked that the bytes lie in the shared memory; the slot is free,
             // so that neither the device nor another thread uses them.
             let result = unsafe { libc::read(fd, into.cast(), len) };
@@ -281,7 +286,7 @@ impl Shared {
             *lock(&self.agreed) = agreed;
         }
         let from = memory.pointer(at, len);
-        let fd = self.files[queue].as_raw_fd();
+        let fd = self.files[queue];
         // SAFETY: `pointer` checked that the bytes lie in the shared memory, which outlives the
         // call.
         let result = unsafe { libc::write(fd, from.cast(), len) };
