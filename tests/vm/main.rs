@@ -7,3 +7,4 @@ mod kills;
 mod life;
 mod lifecycle;
 mod mounts;
+mod plain;
