@@ -1,4 +1,5 @@
-//! Replays what fuzzing once broke, and a little more that it might.
+//! Replays what fuzzing once broke, and a little more that it might. `MSB_REPLAY_ROUNDS` sets how
+//! many inputs are made up beside.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -14,8 +15,10 @@ fn repeat(folder: &str, target: fn(&[u8])) {
     }
     // Numbers that look random and are the same on every run.
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    for round in 0..150 {
-        let data: Vec<u8> = (0..round * 5)
+    let rounds = std::env::var("MSB_REPLAY_ROUNDS");
+    let rounds = rounds.map_or(150, |rounds| rounds.parse().unwrap());
+    for round in 0..rounds {
+        let data: Vec<u8> = (0..round % 300 * 5)
             .map(|_| {
                 state ^= state << 13;
                 state ^= state >> 7;

@@ -659,8 +659,10 @@ impl Run<'_> {
     /// Looks at everything once more, and lets go of it.
     fn end(&mut self) {
         for (ino, (node, _)) in &self.known {
-            let reply = self.ask(3, *node, &[0; 16]);
-            self.compare(*ino, &reply.unwrap()[16..]);
+            match self.ask(3, *node, &[0; 16]) {
+                Ok(reply) => self.compare(*ino, &reply[16..]),
+                Err(error) => panic!("errno {error} of {:?}", self.model.inodes[*ino]),
+            }
         }
         for Open { ino, fh, .. } in std::mem::take(&mut self.opened) {
             self.ask(18, self.node_of(ino), &longs(&[fh, 0, 0]))
