@@ -284,6 +284,10 @@ fn listings(msb: &Msb) -> Result<()> {
         whole["config"]["mounts"].as_array().map(Vec::len) == Some(3),
         "{whole}"
     );
+    logs(msb)
+}
+
+fn logs(msb: &Msb) -> Result<()> {
     // What nobody waited for is in the log.
     msb.msb([
         "exec",
