@@ -131,12 +131,13 @@ impl Bridge {
     ///
     /// # Errors
     ///
-    /// When the mount was in use, or the server has broken the protocol.
+    /// When the server has broken the protocol, or the mount cannot be taken away.
     pub fn finish(mut self) -> Result<()> {
-        let idle = self.end()?;
+        // That files are still open is no fault: another bridge of this process, which begins with
+        // a copy of the table of descriptors, may hold them.
+        self.end()?;
         let complaints = self.complaints();
         ensure!(complaints.is_empty(), "{}", complaints.join("\n"));
-        ensure!(idle, "the mount was in use when it ended");
         Ok(())
     }
 
