@@ -40,7 +40,7 @@ impl Tree {
     /// The attributes of a node without descriptor, by way of its name.
     fn attr_by_name(&self, id: u64, cold: &Cold) -> Result<Attr> {
         let place = cold.facts.place.as_ref().ok_or(Errno::STALE)?;
-        if let Some(parent) = self.nodes.get_live(place.parent)
+        if let Some(parent) = self.nodes.kept_live(place.parent)
             && let Ok(stat) = sys::stat_in(&parent.file, place.name())
             && cold.is(&stat)
         {
@@ -111,7 +111,7 @@ impl Tree {
 
     /// The attributes of the directory that holds a single file and does not exist on the host.
     fn single_root(&self) -> Result<Attr> {
-        let root = self.nodes.get_live(ROOT_ID).ok_or(Errno::STALE)?;
+        let root = self.nodes.kept_live(ROOT_ID).ok_or(Errno::STALE)?;
         let stat = sys::stat(&root.file)?;
         let owner = self.rules.ownership.owner;
         let (uid, gid) = owner.unwrap_or(self.rules.ownership.default_owner);

@@ -163,12 +163,29 @@ impl Tree {
         Ok(node)
     }
 
-    fn climb(&self, id: u64, cold: Cold) -> Result<Arc<Node>> {
+    /// Somebody else may give the node its descriptor meanwhile, and then its directory may go.
+    fn climb(&self, id: u64, mut cold: Cold) -> Result<Arc<Node>> {
+        for _ in 0..TRIES {
+            let tried = cold.facts.place.clone();
+            match self.climb_once(id, cold) {
+                Err(Errno::STALE) => {}
+                result => return result,
+            }
+            cold = match self.nodes.kept(id).ok_or(Errno::STALE)? {
+                Found::Live(node) => return Ok(node),
+                Found::Cold(moved) if moved.facts.place != tried => moved,
+                Found::Cold(_) => return Err(Errno::STALE),
+            };
+        }
+        Err(Errno::STALE)
+    }
+
+    fn climb_once(&self, id: u64, cold: Cold) -> Result<Arc<Node>> {
         let mut chain = vec![(id, cold)];
         let mut dir = loop {
             let above = chain.last().and_then(|(_, cold)| cold.facts.place.as_ref());
             let above = above.ok_or(Errno::STALE)?.parent;
-            match self.nodes.get(above).ok_or(Errno::STALE)? {
+            match self.nodes.kept(above).ok_or(Errno::STALE)? {
                 Found::Live(node) => break node,
                 Found::Cold(_) if chain.len() >= DEPTH => return Err(Errno::STALE),
                 Found::Cold(cold) => chain.push((above, cold)),
@@ -232,7 +249,7 @@ impl Tree {
             let Some(place) = node.facts(|facts| facts.place.clone()) else {
                 continue;
             };
-            let parent = match self.nodes.get(place.parent) {
+            let parent = match self.nodes.kept(place.parent) {
                 Some(Found::Live(parent)) => parent,
                 Some(Found::Cold(cold)) => match self.climb(place.parent, cold) {
                     Ok(parent) => parent,
@@ -261,7 +278,11 @@ impl Tree {
             return None;
         }
         let stat = sys::stat_in(&parent.file, name).ok()?;
-        self.node(self.nodes.id_of(&stat)?).ok()
+        let id = self.nodes.id_of(&stat)?;
+        match self.nodes.kept(id)? {
+            Found::Live(node) => Some(node),
+            Found::Cold(cold) => self.revive(id, cold).ok(),
+        }
     }
 }
 

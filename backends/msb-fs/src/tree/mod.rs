@@ -234,7 +234,7 @@ impl Tree {
     pub fn place(&self) -> io::Result<OwnedFd> {
         match &self.single {
             Some(single) => single.parent.try_clone(),
-            None => match self.nodes.get_live(ROOT_ID) {
+            None => match self.nodes.kept_live(ROOT_ID) {
                 Some(root) => root.file.try_clone(),
                 None => Err(io::ErrorKind::NotFound.into()),
             },

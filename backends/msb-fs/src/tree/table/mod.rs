@@ -4,12 +4,13 @@
 //! directory that is another node. Nodes begin cold when a listing shows them, and become cold when
 //! more are live than descriptors may be open; whoever uses one makes it live again. Only a live
 //! node that nobody uses becomes cold: its entry holds the one reference to it, under the lock of
-//! its slot.
+//! its slot. A directory that the guest has forgotten stays for the cold nodes below it.
 //!
 //! Locks are taken in the order shard of the index, slot, facts of a node; never two slots at once.
 
 mod handle;
 mod node;
+mod pin;
 mod slab;
 #[cfg(test)]
 mod tests;
@@ -42,7 +43,10 @@ enum Body {
 }
 
 struct Entry {
+    /// How often the guest has been told of it; it must not name what it has not been told of.
     lookups: u64,
+    /// How many cold nodes have their place in this directory.
+    below: u32,
     body: Body,
 }
 
@@ -106,14 +110,20 @@ impl NodeTable {
         self.account = Some(account);
     }
 
-    /// The node `id`.
+    /// The node `id`, when the guest may name it.
     pub(crate) fn get(&self, id: u64) -> Option<Found> {
-        self.slab.get(id, |entry| entry.found())?
+        let named = |entry: &mut Entry| (entry.lookups > 0).then(|| entry.found());
+        self.slab.get(id, named)??
     }
 
-    /// The node `id`, when it is live.
-    pub(crate) fn get_live(&self, id: u64) -> Option<Arc<Node>> {
-        match self.get(id)? {
+    /// The node `id`, even one that is only kept for what lies below it.
+    pub(crate) fn kept(&self, id: u64) -> Option<Found> {
+        self.slab.get(id, Entry::found)?
+    }
+
+    /// The node `id`, when it is live; even one that is only kept.
+    pub(crate) fn kept_live(&self, id: u64) -> Option<Arc<Node>> {
+        match self.kept(id)? {
             Found::Live(node) => Some(node),
             Found::Cold(_) => None,
         }
@@ -127,28 +137,40 @@ impl NodeTable {
         name: &std::ffi::CStr,
     ) -> Option<(u64, Found)> {
         let key = key(stat);
-        let hash = self.hasher.hash_one(key);
+        let hash = self.hash(key);
         let mut shard = self.shard(hash);
         let id = self.search(&shard, hash, key)?;
-        let found = self.slab.get(id, |entry| {
+        let (found, above) = self.slab.get(id, |entry| {
+            let above = entry.above();
             if !entry.check(stat) {
-                return None;
+                return (None, above);
             }
             entry.lookups = entry.lookups.saturating_add(1);
-            entry.move_to(parent, name);
-            entry.found()
+            // A cold one that was in another directory must first count in this one.
+            if above.is_none_or(|above| above == parent) {
+                entry.move_to(parent, name);
+            }
+            (entry.found(), None)
         })?;
         if found.is_none() {
             self.drop_item(&mut shard, hash, id);
             self.cold.fetch_sub(1, Ordering::Relaxed);
         }
-        Some((id, found?))
+        drop(shard);
+        self.unpin(above);
+        let found = found?;
+        if let Found::Cold(cold) = &found
+            && let Some(old) = cold.facts.place.as_ref().filter(|old| old.parent != parent)
+        {
+            self.move_cold(id, old, (parent, name));
+        }
+        Some((id, found))
     }
 
     /// The number of the node of an inode, without counting a lookup.
     pub(crate) fn id_of(&self, stat: &Stat) -> Option<u64> {
         let key = key(stat);
-        let hash = self.hasher.hash_one(key);
+        let hash = self.hash(key);
         let id = self.search(&self.shard(hash), hash, key)?;
         let same = self.slab.get(id, |entry| match &entry.body {
             Body::Live(_) => true,
@@ -168,30 +190,36 @@ impl NodeTable {
         place: Option<Place>,
     ) -> Result<(Arc<Node>, Option<OwnedFd>)> {
         let key = key(stat);
-        let hash = self.hasher.hash_one(key);
+        let hash = self.hash(key);
         let mut shard = self.shard(hash);
-        if let Some(id) = self.search(&shard, hash, key) {
-            let found = self.slab.get(id, |entry| {
-                if !entry.check(stat) {
-                    return Err(file);
-                }
-                entry.lookups = entry.lookups.saturating_add(1);
-                if let Some(place) = place.clone() {
-                    entry.move_to(place.parent, place.name());
-                }
-                Ok(self.warm(id, entry, stat, file, access))
-            });
-            match found {
-                Some(Ok(Some(found))) => return Ok(found),
-                Some(Err(file)) => {
-                    self.drop_item(&mut shard, hash, id);
-                    self.cold.fetch_sub(1, Ordering::Relaxed);
-                    return self.add_live(&mut shard, hash, (stat, file, access, place));
-                }
-                _ => return Err(Errno::STALE),
+        let Some(id) = self.search(&shard, hash, key) else {
+            return self.add_live(&mut shard, hash, (stat, file, access, place));
+        };
+        let mut above = None;
+        let found = self.slab.get(id, |entry| {
+            above = entry.above();
+            if !entry.check(stat) {
+                return Err(file);
             }
-        }
-        self.add_live(&mut shard, hash, (stat, file, access, place))
+            entry.lookups = entry.lookups.saturating_add(1);
+            let warm = self.warm(id, entry, stat, file, access);
+            if let Some(place) = &place {
+                entry.move_to(place.parent, place.name());
+            }
+            Ok(warm)
+        });
+        let result = match found {
+            Some(Ok(Some(found))) => Ok(found),
+            Some(Err(file)) => {
+                self.drop_item(&mut shard, hash, id);
+                self.cold.fetch_sub(1, Ordering::Relaxed);
+                self.add_live(&mut shard, hash, (stat, file, access, place))
+            }
+            _ => Err(Errno::STALE),
+        };
+        drop(shard);
+        self.unpin(above);
+        result
     }
 
     fn add_live(
@@ -207,6 +235,7 @@ impl NodeTable {
             made = Some(Arc::clone(&node));
             Entry {
                 lookups: 1,
+                below: 0,
                 body: Body::Live(node),
             }
         });
@@ -218,27 +247,47 @@ impl NodeTable {
 
     /// Adds an inode that only its name is known of, and that [`NodeTable::find`] did not know.
     pub(crate) fn insert_cold(&self, stat: &Stat, cold: Cold) -> Result<u64> {
+        let parent = cold.facts.place.as_ref().ok_or(Errno::STALE)?.parent;
+        if !self.pin(parent) {
+            return Err(Errno::STALE);
+        }
+        let mut spare = [Some(parent), None];
+        let result = self.add_cold(stat, cold, &mut spare);
+        for above in spare {
+            self.unpin(above);
+        }
+        result
+    }
+
+    /// Adds a cold node that counts in its directory already, the first of `spare`. Leaves there
+    /// the directories in which there is one less after all.
+    fn add_cold(&self, stat: &Stat, cold: Cold, spare: &mut [Option<u64>; 2]) -> Result<u64> {
         let key = key(stat);
-        let hash = self.hasher.hash_one(key);
+        let hash = self.hash(key);
         let mut shard = self.shard(hash);
         if let Some(id) = self.search(&shard, hash, key) {
+            let mut before = None;
             let counted = self.slab.get(id, |entry| {
+                before = entry.above();
                 entry.lookups = entry.lookups.saturating_add(u64::from(entry.check(stat)));
                 entry.key().is_some()
             });
             if counted == Some(true) {
                 return Ok(id);
             }
+            spare[1] = before;
             self.drop_item(&mut shard, hash, id);
             self.cold.fetch_sub(1, Ordering::Relaxed);
         }
         let id = self.slab.insert(|_| Entry {
             lookups: 1,
+            below: 0,
             body: Body::Cold(cold),
         });
         let id = id.map_err(|_| Errno::NFILE)?;
         shard.insert_unique(hash, Item { hash, id }, |item| item.hash);
         self.cold.fetch_add(1, Ordering::Relaxed);
+        spare[0] = None;
         Ok(id)
     }
 
@@ -261,9 +310,11 @@ impl NodeTable {
         if !same {
             return None;
         }
+        let above = entry.above();
         let (node, spare) = self.warm(id, entry, stat, file, access)?;
         drop(slot);
         drop(spare);
+        self.unpin(above);
         Some(node)
     }
 
@@ -296,51 +347,6 @@ impl NodeTable {
             Body::Cold(cold) => with(&mut cold.facts),
             Body::Gone => {}
         });
-    }
-
-    /// Takes back `count` lookups. What the guest counts wrongly harms only itself: the number
-    /// stops at zero, and the root stays.
-    pub(crate) fn forget(&self, id: u64, count: u64) {
-        if id == ROOT_ID {
-            return;
-        }
-        let left = self.slab.get(id, |entry| {
-            entry.lookups = entry.lookups.saturating_sub(count);
-            (entry.lookups, entry.key())
-        });
-        let Some((0, key)) = left else {
-            return;
-        };
-        let hash = key.map(|key| self.hasher.hash_one(key));
-        // A lookup that comes in between finds the node under the same lock.
-        let mut shard = hash.map(|hash| self.shard(hash));
-        let Some(slot) = self.slab.lock(id) else {
-            return;
-        };
-        let unused = slot.value.as_ref().is_some_and(|entry| {
-            // Between the two looks a cold node may have gone; never the other way about.
-            entry.lookups == 0 && (entry.key() == key || entry.key().is_none())
-        });
-        if !unused {
-            return;
-        }
-        if let (Some(shard), Some(hash)) = (&mut shard, hash) {
-            self.drop_item(shard, hash, id);
-        }
-        let gone = self.slab.take(id, slot);
-        drop(shard);
-        self.uncount(gone.as_ref());
-        // Closing the last descriptor may free a large file: not under a lock.
-        drop(gone);
-    }
-
-    /// Forgets everything but the root.
-    pub(crate) fn clear(&self) {
-        for index in 0..self.slab.used() {
-            if let Some(id) = self.slab.number_at(index) {
-                self.forget(id, u64::MAX);
-            }
-        }
     }
 
     /// Whether an unlink or a rename must look after the node that it takes the name from: there
@@ -386,37 +392,8 @@ impl NodeTable {
         None
     }
 
-    /// Takes the descriptor of `node`, which was just seen as `stat` at `place`. Not when anybody
-    /// else uses it.
-    pub(crate) fn spill(&self, node: &Arc<Node>, stat: &Stat, place: &Place) -> bool {
-        let spilled = self.slab.get(node.id, |entry| {
-            let Body::Live(held) = &entry.body else {
-                return None;
-            };
-            // References come only from the slot, which is locked: two are the entry's and ours.
-            if !Arc::ptr_eq(held, node) || Arc::strong_count(held) != 2 {
-                return None;
-            }
-            let cold = node.cold(stat)?;
-            if cold.facts.place.as_ref() != Some(place) {
-                return None;
-            }
-            Some(std::mem::replace(&mut entry.body, Body::Cold(cold)))
-        });
-        let done = matches!(spilled, Some(Some(_)));
-        if done {
-            self.live.fetch_sub(1, Ordering::Relaxed);
-            self.cold.fetch_add(1, Ordering::Relaxed);
-        }
-        done
-    }
-
-    fn uncount(&self, gone: Option<&Entry>) {
-        match gone.map(|entry| &entry.body) {
-            Some(Body::Live(_)) => self.live.fetch_sub(1, Ordering::Relaxed),
-            Some(Body::Cold(_)) => self.cold.fetch_sub(1, Ordering::Relaxed),
-            Some(Body::Gone) | None => 0,
-        };
+    fn hash(&self, key: Key) -> u64 {
+        self.hasher.hash_one(key)
     }
 
     fn shard(&self, hash: u64) -> MutexGuard<'_, HashTable<Item>> {

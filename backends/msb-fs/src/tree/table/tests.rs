@@ -46,6 +46,13 @@ enum Step {
     Create(&'static CStr),
     HostRename,
     HostReplace(&'static str),
+    /// The directory `d`, and what is done in it.
+    LookupDir,
+    ForgetDir,
+    RenameDir,
+    LookupIn,
+    UnlinkIn,
+    MoveOut,
 }
 
 const STEPS: [Step; 11] = [
@@ -62,11 +69,28 @@ const STEPS: [Step; 11] = [
     Step::HostReplace("a"),
 ];
 
+/// Steps on `d/c`, which is also `a`.
+const STEPS_BELOW: [Step; 11] = [
+    Step::LookupDir,
+    Step::LookupIn,
+    Step::Lookup(c"a"),
+    Step::ForgetDir,
+    Step::Forget,
+    Step::Spill,
+    Step::RenameDir,
+    Step::UnlinkIn,
+    Step::Unlink(c"a"),
+    Step::MoveOut,
+    Step::Create(c"b"),
+];
+
 /// What the guest believes: numbers with the inode and the lookups that they stand for.
 struct Model<'a> {
     tree: Tree,
     folder: &'a Path,
     known: HashMap<u64, (u64, u64)>,
+    /// The number of the directory.
+    dir: Option<u64>,
     /// The host changed something by itself: a name may have gone.
     behind: bool,
 }
@@ -85,15 +109,7 @@ impl Model<'_> {
                     self.count(entry.nodeid, entry.attr.ino);
                 }
             }
-            Step::Forget => {
-                if let Some(id) = self.known.keys().min().copied() {
-                    let (_, lookups) = self.known.remove(&id).unwrap();
-                    self.tree.forget(id, lookups);
-                    assert_eq!(self.tree.getattr(id, None).err(), Some(Errno::STALE));
-                    // Once too often harms nobody.
-                    self.tree.forget(id, 1);
-                }
-            }
+            Step::Forget => self.forget(self.known.keys().min().copied()),
             Step::Spill => spill_all(&self.tree),
             Step::Rename => {
                 let _ = self.tree.rename((ROOT_ID, c"a"), (ROOT_ID, c"b"), 0);
@@ -126,7 +142,48 @@ impl Model<'_> {
                 fs::write(&path, "other").unwrap();
                 self.behind = true;
             }
+            Step::LookupDir => {
+                for name in [c"d", c"e"] {
+                    if let Some(entry) = self.tree.lookup(ROOT_ID, name).unwrap() {
+                        self.count(entry.nodeid, entry.attr.ino);
+                        self.dir = Some(entry.nodeid);
+                    }
+                }
+            }
+            Step::ForgetDir => self.forget(self.dir),
+            Step::RenameDir => {
+                let _ = self.tree.rename((ROOT_ID, c"d"), (ROOT_ID, c"e"), 0);
+            }
+            Step::LookupIn | Step::UnlinkIn | Step::MoveOut => {
+                if let Some(dir) = self.dir {
+                    self.step_in(dir, step);
+                }
+            }
         }
+    }
+
+    fn step_in(&mut self, dir: u64, step: Step) {
+        match step {
+            Step::LookupIn => {
+                if let Some(entry) = self.tree.lookup(dir, c"c").unwrap() {
+                    self.count(entry.nodeid, entry.attr.ino);
+                }
+            }
+            Step::UnlinkIn => drop(self.tree.unlink(dir, c"c", false)),
+            _ => drop(self.tree.rename((dir, c"c"), (ROOT_ID, c"b"), 0)),
+        }
+    }
+
+    fn forget(&mut self, id: Option<u64>) {
+        let Some(id) = id else {
+            return;
+        };
+        let (_, lookups) = self.known.remove(&id).unwrap();
+        self.dir = self.dir.filter(|dir| *dir != id);
+        self.tree.forget(id, lookups);
+        assert_eq!(self.tree.getattr(id, None).err(), Some(Errno::STALE));
+        // Once too often harms nobody.
+        self.tree.forget(id, 1);
     }
 
     /// Every number that the guest holds stands for its inode, whatever has happened to its name;
@@ -147,6 +204,7 @@ fn run(folder: &Path, history: &[Step]) {
         tree: serve(folder, 0),
         folder,
         known: HashMap::new(),
+        dir: None,
         behind: false,
     };
     for (count, step) in history.iter().enumerate() {
@@ -185,6 +243,70 @@ fn every_short_history_keeps_numbers_and_inodes_together() {
         let history: Vec<_> = begin.into_iter().chain(free).collect();
         run(&place(number), &history);
     }
+}
+
+#[test]
+fn every_short_history_below_a_directory_loses_nothing() {
+    // A directory and a file in it known and without descriptor, then every three steps.
+    let begin = [Step::LookupDir, Step::LookupIn, Step::Spill];
+    let count = STEPS_BELOW.len();
+    let folder = tempfile::tempdir().unwrap();
+    let place = |number: usize| folder.path().join(number.to_string());
+    for number in 0..count.pow(3) {
+        fs::create_dir_all(place(number).join("d")).unwrap();
+        fs::write(place(number).join("a"), "a").unwrap();
+        fs::hard_link(place(number).join("a"), place(number).join("d/c")).unwrap();
+    }
+    grow_up();
+    for number in 0..count.pow(3) {
+        let free = (0..3).map(|at| STEPS_BELOW[number / count.pow(at) % count]);
+        let history: Vec<_> = begin.into_iter().chain(free).collect();
+        run(&place(number), &history);
+    }
+}
+
+#[test]
+fn a_forgotten_directory_stays_for_the_cold_nodes_below_it() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir_all(folder.path().join("d/e")).unwrap();
+    fs::write(folder.path().join("d/e/f"), "f").unwrap();
+    fs::hard_link(folder.path().join("d/e/f"), folder.path().join("other")).unwrap();
+    grow_up();
+    let tree = serve(folder.path(), 0);
+    let find = |parent, name| tree.lookup(parent, name).unwrap().unwrap().nodeid;
+    let outer = find(ROOT_ID, c"d");
+    let inner = find(outer, c"e");
+    let file = find(inner, c"f");
+    let stale = |id| tree.getattr(id, None).err() == Some(Errno::STALE);
+    let forget_both_of = |outer, inner| {
+        spill_all(&tree);
+        tree.forget(outer, 1);
+        tree.forget(inner, 1);
+        assert!(stale(outer) && stale(inner));
+        assert_eq!(tree.lookup(inner, c"f").err(), Some(Errno::STALE));
+        assert_eq!(tree.nodes.counts(), (1, 3));
+    };
+    forget_both_of(outer, inner);
+    // They are found again by the numbers that they had.
+    assert_eq!((find(ROOT_ID, c"d"), find(outer, c"e")), (outer, inner));
+    forget_both_of(outer, inner);
+    // A rename above is noticed although the guest has no number for what it moves.
+    tree.rename((ROOT_ID, c"d"), (ROOT_ID, c"moved"), 0)
+        .unwrap();
+    assert!(!stale(file));
+    assert_eq!(tree.nodes.counts(), (2, 0));
+    // Found elsewhere, it needs them no more.
+    let outer = find(ROOT_ID, c"moved");
+    let inner = find(outer, c"e");
+    assert_eq!(find(inner, c"f"), file);
+    forget_both_of(outer, inner);
+    assert_eq!(find(ROOT_ID, c"other"), file);
+    assert_eq!(tree.nodes.counts(), (1, 1));
+    let outer = find(ROOT_ID, c"moved");
+    find(find(outer, c"e"), c"f");
+    spill_all(&tree);
+    tree.reset();
+    assert_eq!(tree.nodes.counts(), (1, 0));
 }
 
 #[test]
