@@ -244,6 +244,9 @@ mod tests {
             let mut header = Header::new_gnu();
             header.set_entry_type(*kind);
             header.set_mode(0o6755);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
             header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
             let content = if kind.is_file() { text.as_bytes() } else { b"" };
             if !kind.is_file() {
