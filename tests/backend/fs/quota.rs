@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use rustix::fs::{FlockOperation, fcntl_lock};
 
 use super::client::*;
 use super::folder;
@@ -77,6 +78,17 @@ fn fill(server: &mut Server, file: (u64, u64), from: u64, step: usize) -> Result
         }
         ensure!(at - from <= LIMIT, "more than the limit was written");
     }
+}
+
+/// Waits until no server uses the account: one that was killed is waited for by its parent only.
+fn unused(account: &Path) -> Result<()> {
+    let file = fs::File::options().read(true).write(true).open(account)?;
+    let end = Instant::now() + Duration::from_secs(10);
+    while fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        ensure!(Instant::now() < end, "a server does not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(fcntl_lock(&file, FlockOperation::Unlock)?)
 }
 
 #[test]
@@ -230,6 +242,7 @@ fn servers_of_one_directory_share_its_account() -> Result<()> {
     one.kill();
     agrees(&mut two, &share, "one is gone")?;
     drop((one, two));
+    unused(&account)?;
     fs::write(share.join("third"), vec![1; 100_000])?;
     let mut three = Server::start(folder.path(), &flags)?;
     agrees(&mut three, &share, "counted anew")?;
@@ -270,6 +283,7 @@ fn many_servers_at_a_time_stay_within_the_limit() -> Result<()> {
         threads.into_iter().map(join).collect()
     });
     result?;
+    unused(&account)?;
     let mut last = Server::start(folder.path(), &flags)?;
     agrees(&mut last, &share, "in the end")?;
     Ok(())

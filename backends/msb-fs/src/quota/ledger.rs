@@ -1,12 +1,12 @@
 //! The account as numbers in a file, which all servers of a directory map.
 //!
 //! ```text
-//! magic, device, inode of the directory, bytes, inodes, bytes and inodes without a name,
-//! servers, clean; from number 512 on how many servers have an inode open, by its number
+//! magic, device, inode of the directory, bytes, inodes, bytes and inodes without a name;
+//! from number 512 on how many servers have an inode open, by its number
 //! ```
 //!
-//! A server that ends properly leaves the count of servers as if it had never come; the last one
-//! marks the account clean. Whoever comes first and finds it otherwise counts the files anew.
+//! Whoever comes when nobody uses the account counts the files anew: what a killed server had
+//! charged, and what the host has done meanwhile, is right from then on.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -38,9 +38,6 @@ pub(super) enum Field {
     UnnamedBytes = 5,
     UnnamedInodes = 6,
 }
-
-const SERVERS: usize = 7;
-const CLEAN: usize = 8;
 
 /// The numbers, and the file that they are in if others share them.
 pub(super) struct Ledger {
@@ -85,11 +82,6 @@ impl Ledger {
                 let [magic, device, inode] = ledger.head();
                 if !fresh && magic == MAGIC && (device, inode) != identity {
                     return Err(other_directory());
-                }
-                let sound = magic == MAGIC && ledger.number(CLEAN).load(Ordering::Acquire) == 1;
-                if sound {
-                    ledger.number(CLEAN).store(0, Ordering::Release);
-                    return Ok((ledger, false));
                 }
                 ledger.begin(len, identity)?;
                 Ok((ledger, true))
@@ -137,7 +129,6 @@ impl Ledger {
 
     /// Lets other servers use the account, which is right now.
     pub(super) fn share(&self) -> io::Result<()> {
-        self.number(SERVERS).fetch_add(1, Ordering::AcqRel);
         match &self.file {
             Some(file) => Ok(lock_range(file, RangeLock::Shared, USERS, true)?),
             None => Ok(()),
@@ -185,17 +176,6 @@ impl Ledger {
             file: self.file.as_ref(),
             range,
         })
-    }
-}
-
-impl Drop for Ledger {
-    fn drop(&mut self) {
-        let servers = self.number(SERVERS);
-        let before = servers.load(Ordering::Acquire);
-        // Who never shared it has nothing to take back, and leaves it unclean.
-        if before > 0 && servers.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.number(CLEAN).store(1, Ordering::Release);
-        }
     }
 }
 
