@@ -1,5 +1,7 @@
-//! Damage of every kind, after QEMU's tests 059, 060 and 080: refused with the reason or an I/O error,
-//! marked as corrupt where QEMU marks it, never a crash, and never more than 64 MiB of memory.
+//! Damage of every kind, after what QEMU's tests 059, 060 and 080 try.
+//!
+//! It is refused with the reason or becomes an I/O error, is marked as corrupt where QEMU marks it,
+//! and is never a crash, nor more than 64 MiB of memory.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,5 +1,6 @@
-//! Replays what fuzzing once broke, and a little more that it might. `MSB_REPLAY_ROUNDS` sets how
-//! many inputs are made up beside.
+//! Replays what fuzzing once broke, and a little more that it might.
+//!
+//! `MSB_REPLAY_ROUNDS` sets how many inputs are made up beside.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 

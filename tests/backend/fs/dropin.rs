@@ -1,5 +1,4 @@
-//! In virtiofsd's place: the command lines of its users, what lies beside its socket, and the
-//! orders in which the front ends begin.
+//! In virtiofsd's place: its users' command lines, its socket, and how front ends begin.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};

@@ -6,6 +6,7 @@ mod data;
 mod dir;
 mod lookup;
 mod overlay;
+mod rename;
 mod table;
 mod xattr;
 

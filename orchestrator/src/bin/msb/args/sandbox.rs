@@ -5,9 +5,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
-use microsandbox::spec::{
-    self, ImageSource, MountFlag, MountSpec, ProcessSpec, SandboxName, SandboxSpec,
-};
+use microsandbox::spec::{self, ImageSource, MountFlag, MountSpec};
+use microsandbox::spec::{ProcessSpec, SandboxName, SandboxSpec};
 use microsandbox::{Accel, Error, ErrorKind, Mebibytes, SecurityProfile, VmmKind};
 
 use super::Format;
