@@ -143,9 +143,10 @@ fn named_volumes() -> Result<()> {
     );
     typed(&msb, "msb volume rm old-cache")?;
     ensure!(!volume("old-cache").exists(), "its folder was left");
+    // The newest first: the mount has made pip-cache anew.
     assert_eq!(
         typed(&msb, "msb volume ls -q")?.out,
-        "docker-data\npip-cache\n"
+        "pip-cache\ndocker-data\n"
     );
     Ok(())
 }
