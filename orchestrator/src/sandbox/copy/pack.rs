@@ -79,6 +79,9 @@ pub(super) fn pack(path: &Path, output: impl Write) -> MicrosandboxResult<Vec<St
 fn header(found: &Metadata) -> Header {
     let mut header = Header::new_gnu();
     header.set_mode(found.permissions().mode() & 0o777);
+    // Whoever copies owns the copy; readers refuse fields that are left empty.
+    header.set_uid(0);
+    header.set_gid(0);
     header.set_size(0);
     let mtime = found.modified().ok();
     let mtime = mtime.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
