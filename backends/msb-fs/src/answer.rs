@@ -1,12 +1,12 @@
 //! What a request is answered with, and how that goes back.
 
-use msb_vhost::{Request, Segments};
+use msb_vhost::Request;
 use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::task::Task;
 use crate::wire::abi::{EntryOut, InHeader, OpenOut};
-use crate::wire::reply::{self, HEADER_LEN};
+use crate::wire::reply;
 
 /// Longest answer of fixed length: that of CREATE.
 const FIXED_MAX: usize = size_of::<EntryOut>() + size_of::<OpenOut>();
@@ -55,14 +55,14 @@ impl Answer {
     }
 }
 
-/// Sends an answer: the header to `head`, the rest behind it.
+/// Sends an answer: the header to what was set aside for it, if that `replies`, the rest behind it.
 pub(crate) fn send(
     header: &InHeader,
-    mut head: Segments,
+    replies: bool,
     mut request: Request,
     result: Result<Answer, Errno>,
 ) {
-    if matches!(result, Ok(Answer::None)) || head.len() < HEADER_LEN {
+    if matches!(result, Ok(Answer::None)) || !replies {
         return request.complete(0);
     }
     let result = result.and_then(|answer| match answer {
@@ -86,7 +86,7 @@ pub(crate) fn send(
             reply::header(header.unique, error.raw_os_error(), 0)
         }
     };
-    let len = if head.write_all(reply.as_bytes()).is_ok() {
+    let len = if request.writable.write_aside(reply.as_bytes()).is_ok() {
         reply.len
     } else {
         0

@@ -59,23 +59,24 @@ impl Session {
             Ok(()) => InHeader::read_from_bytes(&bytes).unwrap_or_default(),
             Err(_) => return request.complete(0),
         };
-        let head = request.writable.split_to(HEADER_LEN);
+        // A request without room for it gets no reply: FORGET.
+        let replies = request.writable.set_aside(HEADER_LEN).is_ok();
         let result = self.dispatch(&header, &mut request.readable, &mut request.writable);
         match result {
             Ok(Answer::Later(task)) => {
                 let tree = Arc::clone(&self.tree);
                 self.pool.run(move || {
                     let result = task.perform(&tree, &mut request.writable);
-                    answer::send(&header, head, request, result);
+                    answer::send(&header, replies, request, result);
                 });
             }
             Ok(Answer::Closed(fh)) => {
                 let closed = self.tree.release(fh);
-                answer::send(&header, head, request, Ok(Answer::empty()));
+                answer::send(&header, replies, request, Ok(Answer::empty()));
                 // Closing may take long, and tells the guest nothing.
                 drop(closed);
             }
-            result => answer::send(&header, head, request, result),
+            result => answer::send(&header, replies, request, result),
         }
     }
 
@@ -92,9 +93,9 @@ impl Session {
         if len > readable.len() {
             return Err(Errno::INVAL);
         }
-        let mut body = readable.split_to(len);
+        readable.truncate(len);
         if header.opcode == opcode::WRITE {
-            return self.write(header.nodeid, &mut body);
+            return self.write(header.nodeid, readable);
         }
         if len > BODY_MAX {
             return Err(Errno::TOOBIG);
@@ -107,7 +108,7 @@ impl Session {
                 large.as_mut_slice()
             }
         };
-        body.read_exact(bytes).map_err(|_| Errno::INVAL)?;
+        readable.read_exact(bytes).map_err(|_| Errno::INVAL)?;
         let operation = request::parse(header.opcode, bytes).map_err(|error| match error {
             WireError::Short | WireError::Name => Errno::INVAL,
             // The guest takes that for a file system that has none, and asks no more.

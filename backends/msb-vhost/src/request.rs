@@ -112,6 +112,7 @@ pub struct Segments {
     spans: Spans,
     first: usize,
     len: usize,
+    aside: SmallVec<[libc::iovec; 1]>,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -141,6 +142,7 @@ impl Segments {
             spans,
             first: 0,
             len,
+            aside: SmallVec::new(),
             keep,
         }
     }
@@ -196,8 +198,61 @@ impl Segments {
             spans: front,
             first: 0,
             len,
+            aside: SmallVec::new(),
             keep: Arc::clone(&self.keep),
         }
+    }
+
+    /// Keeps the first `len` bytes, and drops the rest.
+    pub fn truncate(&mut self, len: usize) {
+        let mut left = len.min(self.len);
+        self.len = left;
+        for place in self.first..self.spans.len() {
+            if let Some(span) = self.spans.get_mut(place) {
+                span.iov_len = span.iov_len.min(left);
+                left -= span.iov_len;
+            }
+        }
+    }
+
+    /// Sets the first `len` bytes aside for [`Segments::write_aside`]: a header whose content is
+    /// known after what follows it.
+    ///
+    /// # Errors
+    ///
+    /// [`ShortSegments`] when fewer are left; nothing is set aside then.
+    pub fn set_aside(&mut self, len: usize) -> Result<(), ShortSegments> {
+        self.require(len)?;
+        let mut aside = SmallVec::new();
+        self.consume(len, |base, len| {
+            aside.push(libc::iovec {
+                iov_base: base.cast(),
+                iov_len: len,
+            });
+        });
+        self.aside = aside;
+        Ok(())
+    }
+
+    /// Copies `data` over the bytes that were set aside, which it fits.
+    ///
+    /// # Errors
+    ///
+    /// [`ShortSegments`] when `data` is longer; nothing is written then.
+    pub fn write_aside(&mut self, data: &[u8]) -> Result<(), ShortSegments> {
+        let room = self.aside.iter().map(|span| span.iov_len).sum::<usize>();
+        if let Some(missing) = data.len().checked_sub(room).filter(|missing| *missing > 0) {
+            return Err(ShortSegments { missing });
+        }
+        let mut from = data;
+        for span in std::mem::take(&mut self.aside) {
+            let (piece, rest) = from.split_at(span.iov_len.min(from.len()));
+            // SAFETY: the span is mapped (`from_spans`) and as long as `piece` at least; `piece` is
+            // not guest memory.
+            unsafe { ptr::copy_nonoverlapping(piece.as_ptr(), span.iov_base.cast(), piece.len()) };
+            from = rest;
+        }
+        Ok(())
     }
 
     /// Copies the first bytes into `out` and consumes them.
@@ -383,5 +438,29 @@ mod tests {
         segments.write_all(&[7, 7]).unwrap();
         assert_eq!(segments.fill(1, 100), 4);
         assert!(segments.is_empty());
+    }
+
+    #[test]
+    fn a_header_is_written_after_what_follows_it() {
+        let whole = Segments::from_vec(vec![0; 8]);
+        let mut segments = whole.clone();
+        assert_eq!(segments.set_aside(9), Err(ShortSegments { missing: 1 }));
+        segments.set_aside(3).unwrap();
+        segments.write_all(&[5; 5]).unwrap();
+        let long = segments.write_aside(&[1; 4]);
+        assert_eq!(long, Err(ShortSegments { missing: 1 }));
+        segments.write_aside(&[1, 2, 3]).unwrap();
+        assert_eq!(whole.to_vec(), [1, 2, 3, 5, 5, 5, 5, 5]);
+    }
+
+    #[test]
+    fn what_is_cut_off_cannot_be_reached() {
+        let mut segments = Segments::from_vec((0..=9).collect());
+        segments.truncate(20);
+        assert_eq!(segments.len(), 10);
+        segments.read_exact(&mut [0; 2]).unwrap();
+        segments.truncate(3);
+        assert_eq!(segments.to_vec(), [2, 3, 4]);
+        assert_eq!(segments.fill(1, 9), 3);
     }
 }

@@ -275,6 +275,39 @@ impl View<'_> {
     }
 }
 
+impl Memory {
+    /// Has the CPU fetch the line at guest address `guest`, if it is memory.
+    pub(crate) fn prefetch(&self, guest: u64) {
+        if let Some(address) = self.find(guest).and_then(|(region, at)| region.address(at, 1)) {
+            prefetch(address);
+        }
+    }
+}
+
+/// Has the CPU fetch a line that another one has written last, which takes as long as a short
+/// system call. Only a hint: nothing is read, and no address is a wrong one.
+pub(crate) fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction has no effect that a program could see, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
+/// The same for a line that is going to be written: it is taken away from whoever has it.
+pub(crate) fn prefetch_to_write(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above; a CPU that does not have the instruction takes it for one that does nothing
+    // (Intel SDM volume 2, PREFETCHW).
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Values of which any bytes are a valid one.
 pub(crate) trait Plain: Copy + Default {}
 
