@@ -10,7 +10,7 @@ use msb_benches::disk::peers::contenders;
 use msb_benches::disk::rows::{ROWS, Row};
 use msb_benches::harness::cli::Options;
 use msb_benches::harness::compare::in_turns;
-use msb_benches::harness::server::prepare_machine;
+use msb_benches::harness::machine::prepare_machine;
 use msb_benches::harness::table::{Line, detail, markdown};
 use msb_benches::share::tree::bare_cost;
 
@@ -35,7 +35,7 @@ fn main() -> Result<()> {
     if rows.is_empty() && !idle {
         return Ok(());
     }
-    prepare_machine();
+    let _prepared = prepare_machine();
     let named = |folder: &Path| tempfile::Builder::new().prefix("bench.").tempdir_in(folder);
     let (disk, memory) = (named(&options.scratch())?, named(Path::new("/dev/shm"))?);
     let folders = Folders {

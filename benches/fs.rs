@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Parser;
 use msb_benches::harness::cli::Options;
 use msb_benches::harness::compare::in_turns;
-use msb_benches::harness::server::prepare_machine;
+use msb_benches::harness::machine::prepare_machine;
 use msb_benches::harness::table::{Line, detail, markdown};
 use msb_benches::share::census;
 use msb_benches::share::peers::contenders;
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
     if rows.is_empty() && !census {
         return Ok(());
     }
-    prepare_machine();
+    let _prepared = prepare_machine();
     let scratch = tempfile::Builder::new()
         .prefix("bench.")
         .tempdir_in(options.scratch())?;

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use msb_benches::harness::cli::Options;
 use msb_benches::harness::load::Sample;
-use msb_benches::harness::server::{Contender, prepare_machine};
+use msb_benches::harness::machine::prepare_machine;
+use msb_benches::harness::server::Contender;
 use msb_benches::harness::table::{Line, markdown};
 use msb_benches::work::place::{Outcomes, run};
 use msb_benches::work::profiles::{NATIVE, PROFILES, Profile, contenders};
@@ -37,7 +38,7 @@ fn main() -> Result<()> {
     if let Some(obstacle) = obstacle() {
         bail!("cannot mount: {obstacle}");
     }
-    prepare_machine();
+    let _prepared = prepare_machine();
     private_mounts()?;
     let folder = tempfile::Builder::new()
         .prefix("bench.")

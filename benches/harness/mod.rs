@@ -4,6 +4,7 @@ pub mod cli;
 pub mod compare;
 pub mod device;
 pub mod load;
+pub mod machine;
 pub mod ring;
 pub mod server;
 pub mod table;

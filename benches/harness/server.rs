@@ -8,9 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{
-    Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setpriority_process, setrlimit,
-};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// The CPU of the front end and that of the server, when they are pinned.
@@ -91,27 +89,6 @@ impl Contender {
         let mut server = Server { child, socket };
         server.wait_for_socket(folder)?;
         Ok(server)
-    }
-}
-
-/// What this process and the servers that it starts need of the machine: more descriptors than the
-/// usual limit, and to come before other work. Both take privilege; without it the figures are
-/// noisier and virtiofsd runs out of descriptors in rows with many files.
-pub fn prepare_machine() {
-    let wanted = 1 << 20;
-    let most = Rlimit {
-        current: Some(wanted),
-        maximum: Some(wanted),
-    };
-    if getrlimit(Resource::Nofile)
-        .maximum
-        .is_some_and(|maximum| maximum < wanted)
-        && setrlimit(Resource::Nofile, most).is_err()
-    {
-        eprintln!("  (the limit of open files stays as it is)");
-    }
-    if setpriority_process(None, -20).is_err() {
-        eprintln!("  (no privilege to come before other work: expect noise)");
     }
 }
 

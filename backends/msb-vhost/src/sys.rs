@@ -278,7 +278,10 @@ impl View<'_> {
 impl Memory {
     /// Has the CPU fetch the line at guest address `guest`, if it is memory.
     pub(crate) fn prefetch(&self, guest: u64) {
-        if let Some(address) = self.find(guest).and_then(|(region, at)| region.address(at, 1)) {
+        if let Some(address) = self
+            .find(guest)
+            .and_then(|(region, at)| region.address(at, 1))
+        {
             prefetch(address);
         }
     }
