@@ -4,10 +4,12 @@ use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use msb_testkit::frontend::FrontEnd;
 use msb_testkit::msb::binary;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::faults::ended;
 use super::{OK, READ, folder_with, request};
@@ -71,6 +73,32 @@ fn an_inherited_socket_may_listen_or_be_connected() -> Result<()> {
     ended(child)?;
     if start(fs::File::open(&image)?.into())?.wait()?.success() {
         bail!("a file was taken for a socket");
+    }
+    Ok(())
+}
+
+/// In its jail it is the first process of its pid namespace, for which the kernel throws signals
+/// away that it is not prepared for.
+#[test]
+fn an_end_that_is_asked_for_while_it_starts_is_not_missed() -> Result<()> {
+    let folder = folder_with("a.raw", "raw")?;
+    for delay in (0..60).map(|step| Duration::from_micros(step * 250)) {
+        let mut command = Command::new(binary("msb-blk"));
+        command.arg("--blk-file").arg(folder.path().join("a.raw"));
+        command.arg("--socket-path").arg(folder.path().join("sock"));
+        let mut child = command.stdin(Stdio::null()).spawn()?;
+        std::thread::sleep(delay);
+        let pid = Pid::from_raw(i32::try_from(child.id())?).context("pid")?;
+        kill_process(pid, Signal::TERM)?;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                child.kill()?;
+                child.wait()?;
+                bail!("SIGTERM after {delay:?} did not end it");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
     Ok(())
 }

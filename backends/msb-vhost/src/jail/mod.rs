@@ -265,13 +265,15 @@ pub fn enter(jail: Jail) -> Result<Report, JailError> {
             JailError::layer(Layer::Process, "close inherited descriptors", error)
         }),
     )?;
+    // In this order: should the parent end in between, the signal it asks for ends this process.
+    let parent = rustix::process::getppid();
     let bond = rustix::process::parent_process_death_signal()
         .ok()
         .flatten();
     demand.layer(namespaces::enter_user(jail.identity))?;
     let apart = demand.layer(namespaces::enter_others())?.is_some();
     let parent = if apart {
-        Some(waiter::split(jail.identity, bond)?)
+        Some(waiter::split(jail.identity, bond, parent)?)
     } else {
         None
     };

@@ -6,6 +6,7 @@ use std::ffi::c_int;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 use rustix::process::{Pid, WaitStatus};
 use rustix::thread::UnshareFlags;
@@ -147,20 +148,37 @@ pub(super) fn restore_signals(mask: &SignalMask) {
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask.0, std::ptr::null_mut()) };
 }
 
-/// Waits for any blocked signal and returns its number.
-pub(super) fn wait_for_signal() -> Option<c_int> {
+/// Restores what [`block_signals`] found, but for SIGTERM and SIGINT: these wait until somebody
+/// takes them.
+pub(super) fn restore_all_but_ends(mask: &SignalMask) {
+    let mut kept = mask.0;
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: the set is initialised and the number is a signal's.
+        unsafe { libc::sigaddset(&raw mut kept, signal) };
+    }
+    restore_signals(&SignalMask(kept));
+}
+
+/// Waits for any blocked signal, at most for `limit`, and returns its number.
+pub(super) fn wait_for_signal(limit: Option<Duration>) -> Option<c_int> {
+    let limit = limit.map(|limit| libc::timespec {
+        tv_sec: limit.as_secs().cast_signed(),
+        tv_nsec: limit.subsec_nanos().into(),
+    });
+    let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     let mut all = MaybeUninit::uninit();
     // SAFETY: the pointer is valid for writing a signal set.
     unsafe { libc::sigfillset(all.as_mut_ptr()) };
-    // SAFETY: the set was initialised above; no information is asked for.
-    let signal = unsafe { libc::sigwaitinfo(all.as_ptr(), std::ptr::null_mut()) };
+    // SAFETY: the set was initialised above; no information is asked for; `limit` is null or valid.
+    let signal = unsafe { libc::sigtimedwait(all.as_ptr(), std::ptr::null_mut(), limit) };
     (signal > 0).then_some(signal)
 }
 
-/// Sends a signal to a child that was not yet waited for.
-pub(super) fn signal_child(child: Pid, signal: c_int) {
+/// Sends a signal to a child that was not yet waited for; false when that is not allowed.
+pub(super) fn signal_child(child: Pid, signal: c_int) -> bool {
     // SAFETY: the call takes integers only; the pid is still the child's.
-    unsafe { libc::kill(child.as_raw_pid(), signal) };
+    let sent = unsafe { libc::kill(child.as_raw_pid(), signal) } == 0;
+    sent || io::Error::last_os_error().raw_os_error() != Some(libc::EPERM)
 }
 
 /// Ends the process as another one ended: with the same code, or by the same signal.
