@@ -1,14 +1,12 @@
 //! fsx, random reads and writes of one file in every manner, checked against a copy in memory.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use msb_testkit::share::{ORDINARY, Setup, Share};
-use msb_testkit::sys::act_as;
-use rustix::fs::FallocateFlags;
 
 use crate::bridge::skipped;
 use crate::tools::{number, seed, tool};
@@ -80,27 +78,6 @@ fn exercise(flags: &[&str], ordinary: bool) -> Result<()> {
         );
         println!("{flags:?}: {count} operations on {length} bytes, seed {seed}");
     }
-    share.finish()
-}
-
-#[test]
-fn space_freed_by_a_user_takes_the_privilege_of_a_program() -> Result<()> {
-    if skipped() {
-        return Ok(());
-    }
-    let share = Share::new(Setup::default())?;
-    let path = share.guest("program");
-    fs::write(&path, vec![1; 9000])?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o6777))?;
-    let file = fs::OpenOptions::new().write(true).open(&path)?;
-    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    act_as(ORDINARY)?;
-    let result = rustix::fs::fallocate(&file, hole, 0, 4096);
-    act_as(0)?;
-    result?;
-    drop(file);
-    let mode = fs::metadata(&path)?.permissions().mode();
-    ensure!(mode & 0o7777 == 0o777, "the mode is {mode:o}");
     share.finish()
 }
 

@@ -3,6 +3,7 @@
 mod bridge;
 mod cache;
 mod content;
-
+mod differential;
 mod posix;
+mod privilege;
 mod tools;

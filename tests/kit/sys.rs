@@ -1,6 +1,9 @@
 //! System calls that rustix does not wrap.
 
+use std::ffi::CString;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// Sends `signal` to one thread of a process. Where a test harness has threads of its own, a signal
 /// to the process would meet one that does not block it.
@@ -47,4 +50,20 @@ pub fn act_as(user: u32) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Cuts or extends the file at `path`, which is not opened for that.
+///
+/// # Errors
+///
+/// What truncate(2) reports.
+pub fn truncate(path: &Path, length: u64) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let length = libc::off_t::try_from(length).map_err(io::Error::other)?;
+    // SAFETY: the path ends in a zero byte and outlives the call.
+    if unsafe { libc::truncate(path.as_ptr(), length) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

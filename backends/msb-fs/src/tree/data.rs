@@ -98,11 +98,11 @@ impl Tree {
             append: flags & oflag::APPEND != 0 && !self.rules.writeback,
         };
         if truncate {
-            let cut = |_: &mut Tally| rustix::fs::ftruncate(handle.fd(), 0);
-            self.within(&[handle.fd()], Room::Fixed(0, 0), cut)?;
-            if open_flags & OPEN_KILL_SUIDGID != 0 {
-                self.overlay.drop_special(&handle.node)?;
-            }
+            let kill = open_flags & OPEN_KILL_SUIDGID != 0;
+            self.content(&handle.node, kill, || {
+                let cut = |_: &mut Tally| rustix::fs::ftruncate(handle.fd(), 0);
+                self.within(&[handle.fd()], Room::Fixed(0, 0), cut)
+            })?;
         }
         let stat = sys::stat(handle.fd())?;
         self.opened(handle, &stat)
@@ -236,16 +236,14 @@ impl Tree {
         }
         // What the guest writes back from its page cache has its place already.
         let append = handle.appends() && args.write_flags & WRITE_CACHE == 0;
-        let done = match &self.account {
-            None => put(from, handle.fd(), (args.offset, size), append)?,
+        let place = (args.offset, size);
+        let kill = args.write_flags & WRITE_KILL_SUIDGID != 0;
+        let done = self.content(handle.node(), kill, || match &self.account {
+            None => put(from, handle.fd(), place, append),
             Some(account) => {
-                let place = (args.offset, size);
-                write_limited(account, from, handle.fd(), place, append, args.write_flags)?
+                write_limited(account, from, handle.fd(), place, append, args.write_flags)
             }
-        };
-        if args.write_flags & WRITE_KILL_SUIDGID != 0 {
-            self.overlay.drop_special(handle.node())?;
-        }
+        })?;
         u32::try_from(done).map_err(|_| Errno::INVAL)
     }
 
@@ -286,19 +284,27 @@ impl Tree {
         } else {
             Room::Between(args.offset, end)
         };
-        self.within(&[handle.fd()], room, |_| {
-            rustix::fs::fallocate(handle.fd(), mode, args.offset, args.length)
-        })?;
-        self.changed_by(&handle, caller)
+        self.content(handle.node(), kills(caller), || {
+            self.within(&[handle.fd()], room, |_| {
+                rustix::fs::fallocate(handle.fd(), mode, args.offset, args.length)
+            })
+        })
     }
 
-    /// Clears setuid and setgid of a file after a change of its content that says, unlike WRITE,
-    /// nothing of whether to. Root of the guest keeps them.
-    fn changed_by(&self, handle: &OpenFile, caller: Caller) -> Result<()> {
-        if caller.uid == 0 {
-            return Ok(());
+    /// Carries out a `change` of a file's content, which takes setuid and setgid away or leaves
+    /// them.
+    pub(super) fn content<T>(
+        &self,
+        node: &Node,
+        kill: bool,
+        change: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        if !kill {
+            return self.overlay.keeping_special(node, change);
         }
-        self.overlay.drop_special(handle.node())
+        let result = change()?;
+        self.overlay.drop_special(node)?;
+        Ok(result)
     }
 
     /// Finds the next data or hole of a file.
@@ -326,19 +332,29 @@ impl Tree {
             let (from, at_from) = (from.fd(), Some(&mut at_from));
             rustix::fs::copy_file_range(from, at_from, to.fd(), Some(&mut at_to), len)
         };
-        let done = if self.account.is_some() {
+        let limited = self.account.is_some();
+        let all = || {
+            if !limited {
+                return copy(len);
+            }
             // There is no more to copy than the source has.
             let source = sys::stat(from.fd())?.st_size.saturating_sub(args.off_in);
             let len = len.min(usize::try_from(source).unwrap_or(usize::MAX));
             let end = args.off_out.checked_add(len as u64).ok_or(Errno::FBIG)?;
             let room = Room::Between(args.off_out, end);
-            self.within(&[to.fd()], room, |_| copy(len))?
-        } else {
-            copy(len)?
+            self.within(&[to.fd()], room, |_| copy(len))
         };
-        self.changed_by(&to, caller)?;
+        let done = self.content(to.node(), kills(caller), all)?;
         u32::try_from(done).map_err(|_| Errno::IO)
     }
+}
+
+/// Whether a change of content by FALLOCATE or COPY_FILE_RANGE, which say nothing of privilege
+/// unlike WRITE, takes setuid and setgid away. Root keeps them. A guest that does not say who asks
+/// (since it knows ALLOW_IDMAP) has sent an empty SETATTR before where they must go.
+fn kills(caller: Caller) -> bool {
+    const UNTOLD: u32 = u32::MAX;
+    caller.uid != 0 && caller.uid != UNTOLD
 }
 
 /// Writes the front of `from` to `fd`, at a position or at the end of the file; fewer bytes when the

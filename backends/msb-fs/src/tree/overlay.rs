@@ -258,6 +258,7 @@ impl Overlay {
 
     /// The attributes of a node as the guest sees them.
     pub(crate) fn attr(&self, node: &Node, stat: &Stat) -> Result<Attr> {
+        node.notice(stat);
         Ok(merge(stat, self.view(node, stat)?))
     }
 
@@ -317,6 +318,26 @@ impl Overlay {
             rdev,
         };
         self.write(fd, stat, new)
+    }
+
+    /// Carries out a `change` of content that leaves setuid and setgid as they are: its caller in
+    /// the guest has the privilege for that, which the server, in a user namespace, has not. Only
+    /// where the guest's bits are the host's; elsewhere the host had better take away its own.
+    pub(crate) fn keeping_special<T>(
+        &self,
+        node: &Node,
+        change: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        if !self.is_off() || !node.was_special() {
+            return change();
+        }
+        let _guard = self.lock();
+        let before = sys::stat(node.fd())?.st_mode;
+        let result = change()?;
+        if sys::stat(node.fd())?.st_mode != before {
+            sys::chmod(node.fd(), before & 0o7777)?;
+        }
+        Ok(result)
     }
 
     /// Clears setuid and setgid, as a write or a change of owner by somebody without privilege

@@ -92,7 +92,10 @@ impl Tree {
         let key = self.host_key(name)?;
         let node = self.node(id)?;
         let result = sys::removexattr(node.fd(), key.as_c_str());
-        self.cannot_hold(&node, name, result)
+        match self.cannot_hold(&node, name, result) {
+            Err(Errno::OPNOTSUPP) if node.kind == FileType::Symlink => Err(Errno::NODATA),
+            result => result,
+        }
     }
 
     /// Links and special files of the host hold no attribute of an ordinary user. Programs that

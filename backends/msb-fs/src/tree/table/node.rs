@@ -184,6 +184,8 @@ pub(crate) struct Node {
     /// A descriptor for writing, where `file` is none and the guest writes without opening.
     writer: OnceLock<OwnedFd>,
     used: AtomicBool,
+    /// The host's file was last seen with setuid or setgid.
+    special: AtomicBool,
     facts: Mutex<Facts>,
     /// Says to the other servers of a quota that the inode is open.
     presence: Option<Presence>,
@@ -212,6 +214,7 @@ impl Node {
             writable: access == Access::ReadWrite,
             writer: OnceLock::new(),
             used: AtomicBool::new(true),
+            special: AtomicBool::new(is_special(stat)),
             facts: Mutex::new(facts),
             presence: None,
         }
@@ -250,6 +253,19 @@ impl Node {
         self.facts(|facts| facts.unchanged(stat))
     }
 
+    /// Notices which of setuid and setgid the host's file has.
+    pub(crate) fn notice(&self, stat: &Stat) {
+        let special = is_special(stat);
+        if self.special.load(Ordering::Relaxed) != special {
+            self.special.store(special, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the host's file was last seen with setuid or setgid.
+    pub(crate) fn was_special(&self) -> bool {
+        self.special.load(Ordering::Relaxed)
+    }
+
     /// Forgets where it is, if it was last seen there.
     pub(crate) fn leave(&self, parent: u64, name: &CStr) {
         self.facts(|facts| {
@@ -285,6 +301,11 @@ impl Node {
             facts,
         })
     }
+}
+
+/// Whether a program runs with the rights of its file's owner or group.
+fn is_special(stat: &Stat) -> bool {
+    stat.kind() == FileType::RegularFile && stat.st_mode & 0o6000 != 0
 }
 
 #[cfg(test)]
