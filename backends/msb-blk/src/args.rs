@@ -78,9 +78,10 @@ pub struct Args {
     #[arg(long)]
     pub no_lock: bool,
 
-    /// End when the parent process ends.
-    #[arg(long)]
-    pub exit_with_parent: bool,
+    /// End when the parent process ends; with a PID, also when the parent is not that process
+    /// any more.
+    #[arg(long, value_name = "PID", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
+    pub exit_with_parent: Option<u32>,
 
     /// Accept another front end after one has gone.
     #[arg(long)]

@@ -59,8 +59,8 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Failure> {
     msb_vhost::start_log(args.log_level);
-    if args.exit_with_parent {
-        msb_vhost::exit_with_parent()?;
+    if let Some(parent) = args.exit_with_parent {
+        msb_vhost::exit_with_parent(parent)?;
     }
     let Some(path) = &args.blk_file else {
         return Ok(());

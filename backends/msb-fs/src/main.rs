@@ -63,8 +63,8 @@ fn main() -> ExitCode {
 }
 
 fn run(config: &Config) -> Result<(), Box<dyn Error>> {
-    if config.exit_with_parent {
-        msb_vhost::exit_with_parent()?;
+    if let Some(parent) = config.exit_with_parent {
+        msb_vhost::exit_with_parent(parent)?;
     }
     for remark in &config.remarks {
         tracing::warn!("{remark}");

@@ -16,16 +16,20 @@ pub fn start_log(level: LevelFilter) {
         .init();
 }
 
-/// Ends this process when its parent ends.
+/// Ends this process when its parent ends. The parent is the process `expected`, or any if that is
+/// zero.
 ///
 /// # Errors
 ///
 /// When the kernel refuses, or the parent has gone already.
-pub fn exit_with_parent() -> io::Result<()> {
+pub fn exit_with_parent(expected: u32) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::TERM))?;
-    // The parent may have ended before the call: then a reaper has adopted this process.
-    match getppid() {
-        Some(parent) if parent.as_raw_pid() != 1 => Ok(()),
-        _ => Err(io::Error::other("the parent process has gone")),
+    // The parent may have ended before the call: then a reaper has adopted this process, which need
+    // not be process 1 (prctl(2), PR_SET_CHILD_SUBREAPER). Only a known parent can be told from it.
+    let parent = getppid().map_or(0, |parent| parent.as_raw_pid().unsigned_abs());
+    if parent > 1 && (expected == 0 || parent == expected) {
+        Ok(())
+    } else {
+        Err(io::Error::other("the parent process has gone"))
     }
 }

@@ -62,15 +62,15 @@ impl Jail {
     }
 }
 
-/// The arguments of a backend's process, without the program.
-pub fn argv(plan: &BackendPlan, jail: Jail) -> Vec<OsString> {
+/// The arguments of a backend's process, without the program. `parent` is the process it ends with.
+pub fn argv(plan: &BackendPlan, jail: Jail, parent: u32) -> Vec<OsString> {
     let mut argv = Arguments::default();
     argv.pair("--fd", "0");
     match &plan.device {
         DevicePlan::Fs(share) => fs::describe(&mut argv, &plan.id, share),
         DevicePlan::Blk(disk) => blk::describe(&mut argv, &plan.id, disk),
     }
-    argv.flag("--exit-with-parent");
+    argv.flag(&format!("--exit-with-parent={parent}"));
     argv.pair("--sandbox", jail.word());
     argv.0
 }
@@ -100,7 +100,7 @@ pub(crate) fn command(
     })?;
     let mut command = Command::new(program);
     command
-        .args(argv(plan, jail))
+        .args(argv(plan, jail, std::process::id()))
         .env_clear()
         .stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)))
         .stdout(Stdio::null())
@@ -135,7 +135,7 @@ mod tests {
             purpose: "/data".into(),
             device,
         };
-        let argv = argv(&plan, Jail::Strict);
+        let argv = argv(&plan, Jail::Strict, 7);
         let words: Vec<String> = argv
             .iter()
             .map(|word| word.to_string_lossy().into())
@@ -157,7 +157,7 @@ mod tests {
             quota: None,
             queues: 1,
         };
-        expect_test::expect!["--fd 0 --shared-dir /srv/data --tag data_0a1b2c3d --stat-virt strict --host-perms private --default-owner 0:0 --num-request-queues 1 --queue-size 1024 --exit-with-parent --sandbox strict"]
+        expect_test::expect!["--fd 0 --shared-dir /srv/data --tag data_0a1b2c3d --stat-virt strict --host-perms private --default-owner 0:0 --num-request-queues 1 --queue-size 1024 --exit-with-parent=7 --sandbox strict"]
             .assert_eq(&line(DevicePlan::Fs(share.clone())));
         share.source = ShareSource::File("/etc/hosts".into());
         share.read_only = true;
@@ -172,7 +172,7 @@ mod tests {
             account: "/h/state/quota/data".into(),
         });
         share.queues = 4;
-        expect_test::expect!["--fd 0 --shared-file /etc/hosts --tag data_0a1b2c3d --readonly --stat-virt relaxed --host-perms mirror --default-owner 1000:100 --owner 5:6 --cache metadata --exclusive --quota 1073741824 --quota-file /h/state/quota/data --num-request-queues 4 --queue-size 1024 --exit-with-parent --sandbox strict"]
+        expect_test::expect!["--fd 0 --shared-file /etc/hosts --tag data_0a1b2c3d --readonly --stat-virt relaxed --host-perms mirror --default-owner 1000:100 --owner 5:6 --cache metadata --exclusive --quota 1073741824 --quota-file /h/state/quota/data --num-request-queues 4 --queue-size 1024 --exit-with-parent=7 --sandbox strict"]
             .assert_eq(&line(DevicePlan::Fs(share)));
     }
 
@@ -184,11 +184,11 @@ mod tests {
             read_only: true,
             queues: 2,
         };
-        expect_test::expect!["--fd 0 --blk-file /srv/data.qcow2 --format qcow2 --read-only --serial data_0a1b2c3d --num-queues 2 --queue-size 256 --exit-with-parent --sandbox strict"]
+        expect_test::expect!["--fd 0 --blk-file /srv/data.qcow2 --format qcow2 --read-only --serial data_0a1b2c3d --num-queues 2 --queue-size 256 --exit-with-parent=7 --sandbox strict"]
             .assert_eq(&line(DevicePlan::Blk(disk.clone())));
         disk.read_only = false;
         disk.format = DiskImageFormat::Raw;
-        expect_test::expect!["--fd 0 --blk-file /srv/data.qcow2 --format raw --serial data_0a1b2c3d --num-queues 2 --queue-size 256 --exit-with-parent --sandbox strict"]
+        expect_test::expect!["--fd 0 --blk-file /srv/data.qcow2 --format raw --serial data_0a1b2c3d --num-queues 2 --queue-size 256 --exit-with-parent=7 --sandbox strict"]
             .assert_eq(&line(DevicePlan::Blk(disk)));
     }
 }

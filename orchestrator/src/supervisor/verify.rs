@@ -128,7 +128,7 @@ fn expected(plan: &BackendPlan, jail: Jail) -> MicrosandboxResult<Expected> {
     match &plan.device {
         DevicePlan::Fs(share) => {
             // It may hold what its command line names: the share, and the account of its quota.
-            let words = backend::argv(plan, jail);
+            let words = backend::argv(plan, jail, std::process::id());
             let paths = words
                 .iter()
                 .map(Path::new)

@@ -102,3 +102,31 @@ fn an_end_that_is_asked_for_while_it_starts_is_not_missed() -> Result<()> {
     }
     Ok(())
 }
+
+/// A parent that died has been replaced by a reaper, which any process may be.
+#[test]
+fn a_parent_that_is_another_one_by_now_is_noticed() -> Result<()> {
+    let folder = folder_with("a.raw", "raw")?;
+    let start = |parent: u32| {
+        let mut command = Command::new(binary("msb-blk"));
+        command.arg("--blk-file").arg(folder.path().join("a.raw"));
+        command.arg("--socket-path").arg(folder.path().join("sock"));
+        command.arg(format!("--exit-with-parent={parent}"));
+        command
+    };
+    let orphan = start(std::process::id() + 1).output()?;
+    let said = String::from_utf8_lossy(&orphan.stderr);
+    ensure!(
+        !orphan.status.success() && said.contains("the parent process has gone"),
+        "{orphan:?}"
+    );
+    let child = start(std::process::id()).spawn()?;
+    let mut front = FrontEnd::connect(&folder.path().join("sock"), 4 << 20)?;
+    front.start(1, 128, 0)?;
+    ensure!(
+        request(&mut front, 0, READ, 0, &[], 512)?.0 == OK,
+        "no answer"
+    );
+    drop(front);
+    ended(child)
+}

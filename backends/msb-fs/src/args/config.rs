@@ -42,8 +42,8 @@ pub struct Config {
     pub reconnect: bool,
     /// How long a queue looks for requests before it sleeps.
     pub poll_limit: Duration,
-    /// Whether the process ends with its parent.
-    pub exit_with_parent: bool,
+    /// The parent that the process ends with; zero stands for whichever it has.
+    pub exit_with_parent: Option<u32>,
     /// How the process locks itself in.
     pub sandbox: SandboxMode,
     /// Group that may connect.
