@@ -1,7 +1,7 @@
 //! A sandbox as the SDK sees it: created, started, used, stopped, removed.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::host::HostFacts;
 use crate::image::{ImageConfig, ImageStore};
@@ -33,6 +33,9 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// How long a stop may take when nothing else is said.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a supervisor that begins or ends is waited for.
+const REACH_LIMIT: Duration = Duration::from_secs(10);
 
 /// A running sandbox.
 ///
@@ -102,7 +105,7 @@ impl Sandbox {
     ) -> MicrosandboxResult<Self> {
         mend(home);
         let dir = home.find_sandbox(name)?;
-        if dir.is_running() {
+        if reach(home, &dir).await?.is_some() || dir.is_running() {
             return Err(Error::new(
                 ErrorKind::WrongState,
                 format!("sandbox `{name}` is running already"),
@@ -129,11 +132,7 @@ impl Sandbox {
             .with_value(name.as_str())
             .with_hint(format!("start it with `msb start {name}`"))
         };
-        if !dir.is_running() {
-            return Err(not_running());
-        }
-        let socket = home.socket_dir(name).socket(SOCKET)?;
-        let client = Client::connect(&socket).await.map_err(|_| not_running())?;
+        let client = reach(home, &dir).await?.ok_or_else(not_running)?;
         let spec = dir.spec()?;
         let boot_ms = dir.state()?.boot_ms;
         Ok(Self {
@@ -280,6 +279,19 @@ impl Sandbox {
             user: process.user.clone().or_else(|| self.image.user.clone()),
         }
     }
+}
+
+/// Connects to the supervisor of a sandbox. One that begins or ends at this moment is waited for.
+async fn reach(home: &Home, dir: &SandboxDir) -> MicrosandboxResult<Option<Arc<Client>>> {
+    let socket = home.socket_dir(dir.name()).socket(SOCKET)?;
+    let deadline = Instant::now() + REACH_LIMIT;
+    while dir.is_running() && Instant::now() < deadline {
+        if let Ok(client) = Client::connect(&socket).await {
+            return Ok(Some(client));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(None)
 }
 
 /// Waits for the supervisor's end; an error when it told of one, or said nothing at all.

@@ -159,6 +159,10 @@ pub(super) async fn serve(
             break error;
         }
     };
+    // Before its socket goes, so that whoever finds none knows why.
+    if hub.stopping.is_none() {
+        hub.sandbox.record(Status::Stopping);
+    }
     let error = match error {
         Some(error) => Some(settle(parts, &mut ends, error).await),
         None => None,
