@@ -87,9 +87,12 @@ fn list(share: &Share, number: u64, seed: u64, mode: &str) -> Result<View> {
     let mut random = Random::new(seed);
     for _ in 0..STEPS {
         let operation = Operation::random(&mut random, limits);
-        // Whose a link is decides over its own attributes alone.
+        // Whose a symbolic link is decides over its own attributes and names.
         let root_alone = !limits.owned_links
-            && matches!(operation, Operation::Chown(..) | Operation::Utimens(..));
+            && matches!(
+                operation,
+                Operation::Chown(..) | Operation::Utimens(..) | Operation::Link(..)
+            );
         let user = match random.below(3) {
             0 if !root_alone => ORDINARY,
             _ => 0,

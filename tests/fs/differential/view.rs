@@ -124,7 +124,7 @@ impl View {
             let old = before.and_then(|(first, second)| {
                 let pair = (first.0.get(path)?, second.0.get(path)?);
                 let same = pair.0.inode == host.inode && pair.1.inode == one.inode;
-                (same && !silent).then_some(pair)
+                same.then_some(pair)
             });
             for name in ["ctime", "mtime"] {
                 let time = |entry: &Entry| match name {
@@ -132,6 +132,9 @@ impl View {
                     _ => entry.modified,
                 };
                 let now = (time(host), time(&one));
+                if silent {
+                    continue;
+                }
                 if now.0.0 < SET || now.1.0 < SET {
                     if now.0 != now.1 {
                         return Some(format!("{name} of {path:?}: {host:?}\nserved: {one:?}"));
