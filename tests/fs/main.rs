@@ -4,6 +4,7 @@ mod bridge;
 mod cache;
 mod content;
 mod differential;
+mod load;
 mod posix;
 mod privilege;
 mod tools;

@@ -36,6 +36,13 @@ pub struct Share {
     scratch: TempDir,
 }
 
+/// Another server of the same directory, and its mount.
+pub struct Peer {
+    bridge: Option<Bridge>,
+    server: Server,
+    point: PathBuf,
+}
+
 /// A process that ends with its owner.
 pub struct Server(pub Child);
 
@@ -112,6 +119,24 @@ impl Share {
         self.server.0.id()
     }
 
+    /// Serves the same directory once more and mounts it elsewhere, as another guest would.
+    ///
+    /// # Errors
+    ///
+    /// As [`Share::new`].
+    pub fn peer(&self, name: &str, setup: Setup<'_>) -> Result<Peer> {
+        let point = self.beside(name);
+        fs::create_dir(&point)?;
+        let socket = self.beside(&format!("{name}.sock"));
+        let server = serve(&self.beside("share"), &socket, setup)?;
+        let bridge = Some(Bridge::mount(&socket, &point, setup.bridge)?);
+        Ok(Peer {
+            bridge,
+            server,
+            point,
+        })
+    }
+
     /// Unmounts and mounts again: the guest has forgotten everything, the server is a new one.
     ///
     /// # Errors
@@ -127,6 +152,33 @@ impl Share {
     /// # Errors
     ///
     /// When the server has broken the protocol, or files are still open.
+    pub fn finish(mut self) -> Result<()> {
+        self.bridge.take().context("mounted")?.finish()
+    }
+}
+
+impl Peer {
+    /// A path through this mount.
+    pub fn guest(&self, name: &str) -> PathBuf {
+        self.point.join(name)
+    }
+
+    /// Kills the server, as a crash would end it.
+    ///
+    /// # Errors
+    ///
+    /// When it has ended already.
+    pub fn kill(&mut self) -> Result<()> {
+        self.server.0.kill()?;
+        self.server.0.wait()?;
+        Ok(())
+    }
+
+    /// Unmounts; fails when something was against the protocol.
+    ///
+    /// # Errors
+    ///
+    /// As [`Share::finish`].
     pub fn finish(mut self) -> Result<()> {
         self.bridge.take().context("mounted")?.finish()
     }
