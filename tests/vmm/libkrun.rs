@@ -95,6 +95,7 @@ fn a_machine_is_made_by_these_calls() -> Result<()> {
         krun_fs_add_overlay_dir(7, /dev/root, lower, 40755)\n\
         krun_fs_add_overlay_dir(7, /dev/root, upper, 40755)\n\
         krun_fs_add_overlay_dir(7, /dev/root, root, 40755)\n\
+        krun_fs_add_overlay_dir(7, /dev/root, staging, 40755)\n\
         krun_fs_add_overlay_file(7, /dev/root, init.krun, the agent, 100755, 0)\n\
         krun_add_virtio_console_multiport(7)\n\
         krun_add_console_port_tty(7, 3, '', terminal)\n\

@@ -27,8 +27,10 @@ use sys::{Context, Refused};
 const FILE_SYSTEM: u32 = 26;
 const BLOCK: u32 = 2;
 
-/// Folders that the agent mounts on before it has another root.
-const FOLDERS: [&CStr; 6] = [c"dev", c"proc", c"sys", c"lower", c"upper", c"root"];
+/// Folders that the agent mounts on and cannot make itself, for this root takes none.
+const FOLDERS: [&CStr; 7] = [
+    c"dev", c"proc", c"sys", c"lower", c"upper", c"root", c"staging",
+];
 
 /// The library logs warnings and errors.
 const WARNINGS: u32 = 2;
