@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
-/// Longest time one `msb` command may take, in seconds.
+/// Longest time one `msb` command may take, in seconds, unless `MSB_COMMAND_LIMIT` says otherwise.
 const LIMIT: &str = "150";
 
 /// A state folder of its own, a scratch folder on the host, and the image `demo` (busybox).
@@ -115,9 +115,11 @@ impl Msb {
 
     /// A command line of `msb` in the scratch folder, ended by force after a while.
     pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let limit = std::env::var_os("MSB_COMMAND_LIMIT").unwrap_or_else(|| LIMIT.into());
         let mut command = Command::new("timeout");
         command
-            .args(["--kill-after=20", LIMIT])
+            .arg("--kill-after=20")
+            .arg(limit)
             .arg(binary("msb"))
             .args(args);
         command

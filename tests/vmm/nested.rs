@@ -38,8 +38,8 @@ fn suite(vmm: &str, variable: &str) -> Result<()> {
     let filter = std::env::var("MSB_NESTED_FILTER").unwrap_or_default();
     let suite = suite_program()?;
     let script = format!(
-        "export {variable}={named} MSB_VMM={vmm} MSB_BOOT_LIMIT=600 MSB_BIN_DIR={bin} MSB_KERNEL={kernel} \
-         MSB_BUSYBOX={busybox}\n{msb} doctor\n{suite} --test-threads=1 {filter}\n",
+        "export {variable}={named} MSB_VMM={vmm} MSB_BOOT_LIMIT=600 MSB_COMMAND_LIMIT=1200 \
+         MSB_BIN_DIR={bin} MSB_KERNEL={kernel} MSB_BUSYBOX={busybox}\n{msb} doctor\n{suite} --test-threads=1 {filter}\n",
         named = named.display(),
         bin = bin_dir().display(),
         kernel = fs::canonicalize(kernel())?.display(),
