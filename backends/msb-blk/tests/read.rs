@@ -9,12 +9,17 @@ use support::*;
 const MIB: usize = 1 << 20;
 
 fn check(name: &str, options: &str, extra: &[&str]) {
+    check_disk(9 * MIB + 512 * 7, name, options, extra);
+}
+
+/// `qemu-img convert` makes the image of a disk of `len` bytes, and is asked what it reads as.
+fn check_disk(len: usize, name: &str, options: &str, extra: &[&str]) {
     if !has_qemu_img() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let raw = dir.path().join("source.raw");
-    let disk = pattern(9 * MIB + 512 * 7, 1);
+    let disk = pattern(len, 1);
     std::fs::write(&raw, &disk).unwrap();
     let format = name.rsplit('.').next().unwrap();
     let image = dir.path().join(name);
@@ -31,6 +36,11 @@ fn check(name: &str, options: &str, extra: &[&str]) {
     assert!(
         read[disk.len()..].iter().all(|&b| b == 0),
         "{name} {options}: tail"
+    );
+    drop(opened);
+    assert!(
+        read == qemu_content(&image, format),
+        "{name} {options} {extra:?}: qemu-img"
     );
 }
 
@@ -73,6 +83,34 @@ fn qcow2_variants() {
     }
 }
 
+/// Every cluster size with every refcount width; each pair gets one of the three compressions and
+/// one of the two kinds of L2 entries, and with `MSB_READ_MATRIX=1` all of them.
+#[test]
+fn qcow2_cluster_sizes_by_refcount_widths() {
+    let all = std::env::var_os("MSB_READ_MATRIX").is_some();
+    for bits in 9..=21 {
+        for order in 0..=6 {
+            for kind in 0..6 {
+                // Six kinds over rows of seven: neighbours differ in both directions.
+                if !all && kind != (bits * 7 + order) % 6 {
+                    continue;
+                }
+                // Subclusters need clusters of 16 KiB.
+                let extended = kind >= 3 && bits >= 14;
+                let compression = ["zlib", "zlib", "zstd"][kind % 3];
+                let extra: &[&str] = if kind % 3 == 0 { &[] } else { &["-c"] };
+                let options = format!(
+                    "cluster_size={},refcount_bits={},compression_type={compression},extended_l2={}",
+                    1 << bits,
+                    1 << order,
+                    if extended { "on" } else { "off" },
+                );
+                check_disk(2 * MIB + 512 * 7, "a.qcow2", &options, extra);
+            }
+        }
+    }
+}
+
 #[test]
 fn vmdk_variants() {
     for subformat in [
@@ -84,7 +122,10 @@ fn vmdk_variants() {
     ] {
         check("a.vmdk", &format!("subformat={subformat}"), &[]);
     }
-    check("a.vmdk", "subformat=monolithicSparse,zeroed_grain=on", &[]);
+    for sparse in ["monolithicSparse", "twoGbMaxExtentSparse"] {
+        let options = format!("subformat={sparse},zeroed_grain=on");
+        check("a.vmdk", &options, &[]);
+    }
 }
 
 #[test]

@@ -143,6 +143,22 @@ fn qcow2_headers() {
     }
 }
 
+#[test]
+fn encrypted_images_of_qemu_img() {
+    let Some(folder) = Folder::new(&[
+        "create -f qcow2 --object secret,id=s,data=x -o \
+         encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 luks.qcow2 4M",
+        "create -f qcow2 --object secret,id=s,data=x -o \
+         encrypt.format=aes,encrypt.key-secret=s aes.qcow2 4M",
+    ]) else {
+        return;
+    };
+    for read_only in [true, false] {
+        refused(&folder.path("luks.qcow2"), read_only, "encrypted (LUKS)");
+        refused(&folder.path("aes.qcow2"), read_only, "encrypted (AES)");
+    }
+}
+
 /// Every reference an image can carry is refused without the flag, and no other file is opened.
 #[test]
 fn references_need_permission() {
