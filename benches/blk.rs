@@ -12,7 +12,6 @@ use msb_benches::harness::cli::Options;
 use msb_benches::harness::compare::in_turns;
 use msb_benches::harness::machine::prepare_machine;
 use msb_benches::harness::table::{Line, detail, markdown};
-use msb_benches::share::tree::bare_cost;
 
 fn main() -> Result<()> {
     let options = Options::parse();
@@ -45,11 +44,9 @@ fn main() -> Result<()> {
     let mut lines = Vec::new();
     for row in &rows {
         eprintln!("  {} {} ({})", row.goals[0].id, row.goals[0].what, row.name);
-        if let Some((len, write)) = row.bare() {
-            let path = folders.image(row.image)?;
-            let cost = bare_cost(&row.image.data_file(&path), len, write)?;
-            let direction = if write { "pwrite" } else { "pread" };
-            eprintln!("    a bare {direction} of {len} bytes: {cost:.2} µs");
+        let bare = row.bare(&folders)?;
+        if let Some(cost) = bare {
+            eprintln!("    the bare system call: {cost:.2} µs");
         }
         let contenders = contenders(&options, row.wish, row.image)?;
         let samples = in_turns(&contenders, options.rounds, |contender| {
@@ -58,7 +55,7 @@ fn main() -> Result<()> {
         for (contender, samples) in contenders.iter().zip(&samples) {
             eprintln!("{}", detail(contender, samples));
         }
-        let judged = |goal| Line::new(goal, &contenders, &samples);
+        let judged = |goal| Line::new(goal, &contenders, &samples).beside(bare);
         lines.extend(row.goals.iter().copied().map(judged));
     }
     if idle {

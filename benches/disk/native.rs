@@ -1,12 +1,34 @@
-//! The limit: fio on the same file, without a server.
+//! The limit: the same accesses without a server, by fio or by bare calls.
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::harness::load::Sample;
+
+/// Microseconds of a bare write of `len` bytes behind the end of a new file in `folder`: what the
+/// host takes for new blocks, which no server can avoid. `bytes` are written in all.
+///
+/// # Errors
+///
+/// What the host reports.
+pub fn new_blocks(folder: &Path, len: usize, bytes: u64) -> Result<f64> {
+    let path = folder.join("bare");
+    let file = File::create(&path)?;
+    let block = vec![0x5a; len];
+    let count = bytes / len as u64;
+    let begin = Instant::now();
+    for nth in 0..count {
+        file.write_all_at(&block, nth * len as u64)?;
+    }
+    let elapsed = begin.elapsed();
+    fs::remove_file(path)?;
+    Ok(elapsed.as_secs_f64() * 1e6 / count as f64)
+}
 
 /// Random reads of 4 KiB past the page cache.
 ///

@@ -14,6 +14,7 @@ use crate::harness::device::{Device, Shape};
 use crate::harness::load::{Load, Sample, Until, measure};
 use crate::harness::server::{Contender, Role, unpin};
 use crate::harness::table::{Against, Goal};
+use crate::share::tree::bare_cost;
 
 /// VIRTIO_BLK_F_SEG_MAX, FLUSH, MQ, CONFIG_WCE, DISCARD and WRITE_ZEROES.
 const FEATURES: u64 = 1 << 2 | 1 << 9 | 1 << 12 | 1 << 11 | 1 << 13 | 1 << 14;
@@ -32,6 +33,8 @@ pub struct Row {
     pub image: Image,
     pattern: Pattern,
     depth: u16,
+    /// The server may use every CPU, because what is measured is how its threads get along.
+    spread: bool,
 }
 
 const fn goal(id: &'static str, what: &'static str, measure: Measure, target: f64) -> Goal {
@@ -63,6 +66,7 @@ const fn row(
         image,
         pattern,
         depth,
+        spread: false,
     }
 }
 
@@ -347,25 +351,28 @@ pub const ROWS: &[Row] = &[
             },
         )
     },
-    row(
-        "flush",
-        &[
-            goal(
-                "B14",
-                "raw, writes 4 KiB with a flush every 16 and reads between, 32 in flight",
-                Rate,
-                1.0,
-            ),
-            goal("B14", "the same, reads", Tail, 2.0),
-        ],
-        Image::Raw,
-        32,
-        Pattern {
-            flush_every: 16,
-            mixed: true,
-            ..WRITE
-        },
-    ),
+    Row {
+        spread: true,
+        ..row(
+            "flush",
+            &[
+                goal(
+                    "B14",
+                    "raw, writes 4 KiB with a flush every 16 and reads between, 32 in flight, unpinned",
+                    Rate,
+                    1.0,
+                ),
+                goal("B14", "the same, reads", Tail, 2.0),
+            ],
+            Image::Raw,
+            32,
+            Pattern {
+                flush_every: 16,
+                mixed: true,
+                ..WRITE
+            },
+        )
+    },
     row(
         "vmdk-flat",
         &[goal(
@@ -423,9 +430,22 @@ impl Row {
             .any(|goal| options.wants(goal.id, self.name))
     }
 
-    /// The size and direction of the bare access that belongs beside the result. Only where bytes
-    /// of the file are bytes of the disk: anything written into an image would destroy it.
-    pub fn bare(&self) -> Option<(usize, bool)> {
+    /// Microseconds of the bare system call that moves the data of one request, which no server can
+    /// avoid; `None` where there is no such call or it would destroy the image.
+    ///
+    /// # Errors
+    ///
+    /// When the image cannot be made, or what the host reports.
+    pub fn bare(&self, folders: &Folders) -> Result<Option<f64>> {
+        if self.wish.direct || self.pattern.mixed || self.pattern.kind == Kind::Discard {
+            return Ok(None);
+        }
+        let len = self.pattern.bytes as usize;
+        if self.pattern.order == Order::OnceThrough {
+            let path = folders.image(self.image)?;
+            let folder = path.parent().unwrap_or(&folders.disk);
+            return native::new_blocks(folder, len, BYTES).map(Some);
+        }
         let write = self.pattern.kind == Kind::Write;
         let raw = matches!(self.image, Image::Raw | Image::RawSmall | Image::RawMemory);
         let filled = raw
@@ -433,8 +453,11 @@ impl Row {
                 self.image,
                 Image::Qcow2 | Image::VmdkFlat | Image::VmdkSparse
             );
-        let fits = if write { raw } else { filled };
-        fits.then_some((self.pattern.bytes as usize, write))
+        if !(if write { raw } else { filled }) {
+            return Ok(None);
+        }
+        let path = folders.image(self.image)?;
+        bare_cost(&self.image.data_file(&path), len, write).map(Some)
     }
 
     /// Runs it once with one contender.
@@ -457,7 +480,7 @@ impl Row {
         if contender.role == Role::Native {
             return native::random_reads(&path, depth, options.time());
         }
-        let pinned = self.wish.queues == 1 && !options.unpinned;
+        let pinned = self.wish.queues == 1 && !self.spread && !options.unpinned;
         if !pinned {
             unpin()?;
         }

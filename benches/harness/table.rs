@@ -64,6 +64,16 @@ impl Line {
         Self { goal, figures }
     }
 
+    /// Shows what the bare system call costs beside figures of CPU: no server needs less.
+    #[must_use]
+    pub fn beside(mut self, bare: Option<f64>) -> Self {
+        if let (Measure::Cpu, Some(cost)) = (self.goal.measure, bare) {
+            let label = "bare call".to_owned();
+            self.figures.push((label, Role::Native, cost));
+        }
+        self
+    }
+
     /// How often better our default is than whom the goal names; `None` when one of both is missing.
     pub fn ratio(&self) -> Option<f64> {
         self.ratio_to(|role| match self.goal.against {
