@@ -32,7 +32,7 @@ pub(crate) fn open_in(
 }
 
 /// Attributes of an inode; the names are those of stat(2).
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[allow(
     clippy::struct_field_names,
     reason = "known to everybody by these names"
@@ -109,8 +109,45 @@ fn nanoseconds(seconds: i64, rest: u32) -> Option<i64> {
 /// What is asked of statx(2).
 const FIELDS: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
 
+/// Set once the kernel has refused a statx(2) without a path, which it takes since Linux 6.11.
+static NEEDS_PATH: AtomicBool = AtomicBool::new(false);
+
 /// Attributes of the file behind `fd`, which may be an O_PATH descriptor.
 pub(crate) fn stat(fd: impl AsFd) -> Result<Stat, Errno> {
+    let fd = fd.as_fd();
+    if !NEEDS_PATH.load(Ordering::Relaxed) {
+        match stat_pathless(fd) {
+            Err(Errno::FAULT) => NEEDS_PATH.store(true, Ordering::Relaxed),
+            result => return result,
+        }
+    }
+    stat_by_empty_path(fd)
+}
+
+/// With no path there is none to copy and to look at.
+fn stat_pathless(fd: BorrowedFd<'_>) -> Result<Stat, Errno> {
+    const { assert!(size_of::<Statx>() == size_of::<libc::statx>()) };
+    let mut found = std::mem::MaybeUninit::<Statx>::uninit();
+    // SAFETY: without a path the kernel reads nothing, and it writes one `statx` structure, which
+    // `Statx` is, to `found`.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_statx,
+            fd.as_raw_fd(),
+            std::ptr::null::<libc::c_char>(),
+            libc::AT_EMPTY_PATH,
+            FIELDS.bits(),
+            found.as_mut_ptr(),
+        )
+    };
+    if done != 0 {
+        return Err(last_error());
+    }
+    // SAFETY: the call has succeeded, and then it has filled the structure.
+    Ok(Stat::from(unsafe { found.assume_init() }))
+}
+
+fn stat_by_empty_path(fd: BorrowedFd<'_>) -> Result<Stat, Errno> {
     rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, FIELDS).map(Stat::from)
 }
 
@@ -301,4 +338,31 @@ pub(crate) fn read_dir(dir: impl AsFd, buffer: &mut [u8]) -> Result<usize, Errno
 
 fn last_error() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ways_to_ask_for_attributes_say_the_same() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"content").unwrap();
+        let named = stat_in(
+            CWD,
+            &std::ffi::CString::new(file.path().to_str().unwrap()).unwrap(),
+        );
+        let place = rustix::fs::open(file.path(), OFlags::PATH, Mode::empty()).unwrap();
+        for fd in [file.as_file().as_fd(), place.as_fd()] {
+            let with = stat_by_empty_path(fd).unwrap();
+            assert_eq!((with.st_size, with.kind()), (7, FileType::RegularFile));
+            assert_eq!(Some(with), named.ok());
+            assert_eq!(stat(fd), Ok(with));
+            // Older kernels say so, and are asked in the other way from then on.
+            match stat_pathless(fd) {
+                Err(error) => assert_eq!(error, Errno::FAULT),
+                without => assert_eq!(without, Ok(with)),
+            }
+        }
+    }
 }

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::table::{Access, FileHandle, Node, Place};
 use super::xattr::inherit_lists;
-use super::{Caller, Result, StatVirt, Tree, entry_name};
+use super::{Caller, Override, Result, StatVirt, Tree, entry_name};
 use crate::quota::{Account, BLOCK, Room};
 use crate::sys::{self, Stat};
 use crate::wire::abi::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut, oflag};
@@ -38,6 +38,14 @@ pub(super) struct Shape {
     pub(super) lists: Option<(Acl, Acl)>,
 }
 
+/// A new file or directory.
+pub(super) struct Made {
+    file: OwnedFd,
+    pub(super) stat: Stat,
+    /// The override that it was given.
+    stored: Option<Override>,
+}
+
 impl Tree {
     /// Creates a regular file and opens it, or opens the one that is there.
     pub fn create(
@@ -52,9 +60,10 @@ impl Tree {
         let mode = S_IFREG | (args.mode & 0o7777);
         let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         match self.make_file(&parent, name, &shape, b"") {
-            Ok((file, stat)) => {
-                let (entry, node, spare) =
-                    self.enter(&stat, file, Some(Place::new(parent.id, name)))?;
+            Ok(made) => {
+                let stat = made.stat;
+                let place = Some(Place::new(parent.id, name));
+                let (entry, node, spare) = self.enter(made, Access::ReadWrite, place)?;
                 let handle = FileHandle {
                     node,
                     own: spare,
@@ -93,13 +102,14 @@ impl Tree {
         let mode = self.host_mode(shape.mode);
         // Its space is charged when the node is made, for it has no name.
         let one = Room::Fixed(1, 1);
-        let file = self.within(&[], one, |_| {
+        let made = self.within(&[], one, |_| {
             let file = self.with_room(|| sys::open_in(&parent.file, c".", flags, mode))?;
-            self.dress(file.as_fd(), &shape)?;
-            Ok(file)
+            let stored = self.dress(file.as_fd(), &shape)?;
+            let stat = sys::stat(&file)?;
+            Ok(Made { file, stat, stored })
         })?;
-        let stat = sys::stat(&file)?;
-        let (entry, node, own) = self.enter(&stat, file, None)?;
+        let stat = made.stat;
+        let (entry, node, own) = self.enter(made, Access::ReadWrite, None)?;
         let handle = FileHandle {
             node,
             own,
@@ -123,12 +133,9 @@ impl Tree {
         let name = entry_name(name)?;
         let parent = self.directory(parent)?;
         let mode = S_IFDIR | (args.mode & 0o7777);
-        let mut shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
-        if self.inherits_group(&parent)?.is_some() {
-            shape.mode |= S_ISGID;
-        }
+        let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         let host = self.host_mode(shape.mode);
-        let file = self.within(&[parent.fd()], Room::Fixed(BLOCK, 1), |tally| {
+        let (file, stored) = self.within(&[parent.fd()], Room::Fixed(BLOCK, 1), |tally| {
             rustix::fs::mkdirat(&parent.file, name, rustix::fs::Mode::from_raw_mode(host))?;
             let undo = |error| {
                 rustix::fs::unlinkat(&parent.file, name, AtFlags::REMOVEDIR).ok();
@@ -139,15 +146,14 @@ impl Tree {
             if stat.kind() != FileType::Directory {
                 return Err(Errno::STALE);
             }
-            self.dress(file.as_fd(), &shape).map_err(undo)?;
+            let stored = self.dress(file.as_fd(), &shape).map_err(undo)?;
             tally.made(&file)?;
-            Ok(file)
+            Ok((file, stored))
         })?;
         let stat = sys::stat(&file)?;
         let place = Some(Place::new(parent.id, name));
-        let (node, _) = self.nodes.insert(&stat, file, Access::Read, place)?;
-        self.relieve();
-        self.entry_of(&node, &stat)
+        let made = Made { file, stat, stored };
+        Ok(self.enter(made, Access::Read, place)?.0)
     }
 
     /// Creates a file of any type but directory. Where ownership is kept apart from the host's,
@@ -186,10 +192,9 @@ impl Tree {
             _ => return Err(Errno::INVAL),
         }
         let shape = self.shape(&parent, (mode, args.umask), args.rdev, caller)?;
-        let (file, stat) = self.make_file(&parent, name, &shape, b"")?;
-        Ok(self
-            .enter(&stat, file, Some(Place::new(parent.id, name)))?
-            .0)
+        let made = self.make_file(&parent, name, &shape, b"")?;
+        let place = Some(Place::new(parent.id, name));
+        Ok(self.enter(made, Access::ReadWrite, place)?.0)
     }
 
     /// Creates a pipe, a socket or a whiteout on the host.
@@ -240,10 +245,9 @@ impl Tree {
             let (id, attr) = self.resolve(&parent, name)?;
             return Ok(self.entry(id, attr));
         }
-        let (file, stat) = self.make_file(&parent, name, &shape, target.to_bytes())?;
-        Ok(self
-            .enter(&stat, file, Some(Place::new(parent.id, name)))?
-            .0)
+        let made = self.make_file(&parent, name, &shape, target.to_bytes())?;
+        let place = Some(Place::new(parent.id, name));
+        Ok(self.enter(made, Access::ReadWrite, place)?.0)
     }
 
     /// The target of a symbolic link.
@@ -304,6 +308,9 @@ impl Tree {
                 None => mode &= !(umask & 0o777),
             }
         }
+        if handed_down.is_some() && mode & S_IFMT == S_IFDIR {
+            mode |= S_ISGID;
+        }
         Ok(Shape {
             owner: Caller {
                 uid: owner.uid,
@@ -332,17 +339,11 @@ impl Tree {
 
     /// Creates a regular host file that did not exist, with this content, and gives it its
     /// attributes.
-    fn make_file(
-        &self,
-        parent: &Node,
-        name: &CStr,
-        shape: &Shape,
-        content: &[u8],
-    ) -> Result<(OwnedFd, Stat)> {
+    fn make_file(&self, parent: &Node, name: &CStr, shape: &Shape, content: &[u8]) -> Result<Made> {
         let bytes = if content.is_empty() { 1 } else { BLOCK };
         self.within(&[parent.fd()], Room::Fixed(bytes, 1), |tally| {
             let made = self.make_on_host(parent, name, shape, content)?;
-            tally.made_as(&made.1);
+            tally.made_as(&made.stat);
             Ok(made)
         })
     }
@@ -353,14 +354,13 @@ impl Tree {
         name: &CStr,
         shape: &Shape,
         content: &[u8],
-    ) -> Result<(OwnedFd, Stat)> {
+    ) -> Result<Made> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
         let mode = self.host_mode(shape.mode);
         let file = self.with_room(|| sys::open_in(&parent.file, name, flags, mode))?;
-        if let Err(error) = self.dress(file.as_fd(), shape) {
+        let stored = self.dress(file.as_fd(), shape).inspect_err(|_| {
             rustix::fs::unlinkat(&parent.file, name, AtFlags::empty()).ok();
-            return Err(error);
-        }
+        })?;
         if !content.is_empty() {
             let written = rustix::io::pwrite(&file, content, 0);
             if written != Ok(content.len()) {
@@ -369,7 +369,7 @@ impl Tree {
             }
         }
         let stat = sys::stat(&file)?;
-        Ok((file, stat))
+        Ok(Made { file, stat, stored })
     }
 
     /// What bears a name that is about to be taken away from it, when space is accounted for.
@@ -381,34 +381,35 @@ impl Tree {
         Ok(Some((account, file)))
     }
 
-    /// Gives a new inode its attributes.
-    fn dress(&self, file: BorrowedFd<'_>, shape: &Shape) -> Result<()> {
+    /// Gives a new inode its attributes; returns the override that was stored.
+    fn dress(&self, file: BorrowedFd<'_>, shape: &Shape) -> Result<Option<Override>> {
         let Shape { owner, mode, .. } = *shape;
-        let stat = sys::stat(file)?;
         if self.overlay.gives_away() {
+            let special = mode & (S_ISUID | S_ISGID);
+            let before = match special {
+                0 => None,
+                _ => Some(sys::stat(file)?.st_mode),
+            };
             sys::chown(file, Some(owner.uid), Some(owner.gid))?;
             // A change of owner has cleared these.
-            let special = mode & (S_ISUID | S_ISGID);
-            if special != 0 {
-                sys::chmod(file, (stat.st_mode & 0o1777) | special)?;
+            if let Some(before) = before {
+                sys::chmod(file, (before & 0o1777) | special)?;
             }
-            return Ok(());
+            return Ok(None);
         }
-        match self
-            .overlay
-            .initialise(file, &stat, (owner, mode, shape.rdev))
-        {
+        let stored = match self.overlay.initialise(file, (owner, mode, shape.rdev)) {
             // Better a file with the host's attributes than none.
             Err(Errno::OPNOTSUPP) if self.overlay.mode() == StatVirt::Relaxed => {
-                return self.dress_plainly(file, mode);
+                self.dress_plainly(file, mode)?;
+                return Ok(None);
             }
             result => result?,
-        }
-        let Some((default, list)) = &shape.lists else {
-            return Ok(());
         };
-        let default = (mode & S_IFMT == S_IFDIR).then_some(default);
-        inherit_lists(file, default, list)
+        if let Some((default, list)) = &shape.lists {
+            let default = (mode & S_IFMT == S_IFDIR).then_some(default);
+            inherit_lists(file, default, list)?;
+        }
+        Ok(stored)
     }
 
     /// Gives a new inode the attributes that a file system without extended ones can hold.
@@ -420,17 +421,21 @@ impl Tree {
         }
     }
 
-    /// Makes a node of a new file that is open for reading and writing. The descriptor comes back
-    /// when the inode is known already.
+    /// Makes a node of a new file. The descriptor comes back when the inode is known already.
     fn enter(
         &self,
-        stat: &Stat,
-        file: OwnedFd,
+        made: Made,
+        access: Access,
         place: Option<Place>,
     ) -> Result<(EntryOut, Arc<Node>, Option<OwnedFd>)> {
-        let (node, spare) = self.nodes.insert(stat, file, Access::ReadWrite, place)?;
+        let Made { file, stat, stored } = made;
+        let (node, spare) = self.nodes.insert(&stat, file, access, place)?;
         self.relieve();
-        let entry = self.entry_of(&node, stat)?;
+        // Whoever has found it before this may have changed its attributes as well.
+        let entry = match stored.filter(|_| spare.is_none()) {
+            Some(stored) => self.entry(node.id, self.overlay.merged(&stat, Some(stored))),
+            None => self.entry_of(&node, &stat)?,
+        };
         Ok((entry, node, spare))
     }
 

@@ -301,15 +301,14 @@ impl Overlay {
         sys::chmod(fd, (mode & 0o777) | floor)
     }
 
-    /// Gives a new file its attributes. `mode` has the type bits.
+    /// Gives a new file its attributes, and says what was stored of them. `mode` has the type bits.
     pub(crate) fn initialise(
         &self,
         fd: BorrowedFd<'_>,
-        stat: &Stat,
         (owner, mode, rdev): (Caller, u32, u32),
-    ) -> Result<()> {
+    ) -> Result<Option<Override>> {
         if self.is_off() {
-            return Ok(());
+            return Ok(None);
         }
         let new = Override {
             uid: owner.uid,
@@ -317,7 +316,15 @@ impl Overlay {
             mode,
             rdev,
         };
-        self.write(fd, stat, new)
+        if self.rules.mirror {
+            self.mirror(fd, mode)?;
+        }
+        match sys::setxattr(fd, KEY, &new.to_bytes(), XattrFlags::empty()) {
+            // A list of the host may have taken the owner's permission to write.
+            Err(Errno::ACCESS | Errno::PERM) => self.write(fd, &sys::stat(fd)?, new)?,
+            result => result?,
+        }
+        Ok(Some(new))
     }
 
     /// Carries out a `change` of content that leaves setuid and setgid as they are: its caller in

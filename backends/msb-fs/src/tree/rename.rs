@@ -117,8 +117,8 @@ impl Tree {
             lists: None,
         };
         match self.make_on_host(from, old, &whiteout, b"") {
-            Ok((_, stat)) => {
-                tally.made_as(&stat);
+            Ok(made) => {
+                tally.made_as(&made.stat);
                 Ok(())
             }
             // Both names are links of one file: there was nothing to do.
