@@ -8,7 +8,43 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use super::image::{BYTES, Folders, Image};
+use super::loads::{Kind, Order};
+use super::rows::Row;
 use crate::harness::load::Sample;
+use crate::share::tree::bare_cost;
+
+impl Row {
+    /// Microseconds of the bare system call that moves the data of one request, which no server can
+    /// avoid; `None` where there is no such call or it would destroy the image.
+    ///
+    /// # Errors
+    ///
+    /// When the image cannot be made, or what the host reports.
+    pub fn bare(&self, folders: &Folders) -> Result<Option<f64>> {
+        if self.wish.direct || self.pattern.mixed || self.pattern.kind == Kind::Discard {
+            return Ok(None);
+        }
+        let len = self.pattern.bytes as usize;
+        if self.pattern.order == Order::OnceThrough {
+            let path = folders.image(self.image)?;
+            let folder = path.parent().unwrap_or(&folders.disk);
+            return new_blocks(folder, len, BYTES).map(Some);
+        }
+        let write = self.pattern.kind == Kind::Write;
+        let raw = matches!(self.image, Image::Raw | Image::RawSmall | Image::RawMemory);
+        let filled = raw
+            || matches!(
+                self.image,
+                Image::Qcow2 | Image::VmdkFlat | Image::VmdkSparse
+            );
+        if !(if write { raw } else { filled }) {
+            return Ok(None);
+        }
+        let path = folders.image(self.image)?;
+        bare_cost(&self.image.data_file(&path), len, write).map(Some)
+    }
+}
 
 /// Microseconds of a bare write of `len` bytes behind the end of a new file in `folder`: what the
 /// host takes for new blocks, which no server can avoid. `bytes` are written in all.
@@ -16,7 +52,7 @@ use crate::harness::load::Sample;
 /// # Errors
 ///
 /// What the host reports.
-pub fn new_blocks(folder: &Path, len: usize, bytes: u64) -> Result<f64> {
+fn new_blocks(folder: &Path, len: usize, bytes: u64) -> Result<f64> {
     let path = folder.join("bare");
     let file = File::create(&path)?;
     let block = vec![0x5a; len];

@@ -14,7 +14,6 @@ use crate::harness::device::{Device, Shape};
 use crate::harness::load::{Load, Sample, Until, measure};
 use crate::harness::server::{Contender, Role, unpin};
 use crate::harness::table::{Against, Goal};
-use crate::share::tree::bare_cost;
 
 /// VIRTIO_BLK_F_SEG_MAX, FLUSH, MQ, CONFIG_WCE, DISCARD and WRITE_ZEROES.
 const FEATURES: u64 = 1 << 2 | 1 << 9 | 1 << 12 | 1 << 11 | 1 << 13 | 1 << 14;
@@ -31,7 +30,7 @@ pub struct Row {
     pub wish: Wish,
     /// What is served.
     pub image: Image,
-    pattern: Pattern,
+    pub(super) pattern: Pattern,
     depth: u16,
     /// The server may use every CPU, because what is measured is how its threads get along.
     spread: bool,
@@ -428,36 +427,6 @@ impl Row {
         self.goals
             .iter()
             .any(|goal| options.wants(goal.id, self.name))
-    }
-
-    /// Microseconds of the bare system call that moves the data of one request, which no server can
-    /// avoid; `None` where there is no such call or it would destroy the image.
-    ///
-    /// # Errors
-    ///
-    /// When the image cannot be made, or what the host reports.
-    pub fn bare(&self, folders: &Folders) -> Result<Option<f64>> {
-        if self.wish.direct || self.pattern.mixed || self.pattern.kind == Kind::Discard {
-            return Ok(None);
-        }
-        let len = self.pattern.bytes as usize;
-        if self.pattern.order == Order::OnceThrough {
-            let path = folders.image(self.image)?;
-            let folder = path.parent().unwrap_or(&folders.disk);
-            return native::new_blocks(folder, len, BYTES).map(Some);
-        }
-        let write = self.pattern.kind == Kind::Write;
-        let raw = matches!(self.image, Image::Raw | Image::RawSmall | Image::RawMemory);
-        let filled = raw
-            || matches!(
-                self.image,
-                Image::Qcow2 | Image::VmdkFlat | Image::VmdkSparse
-            );
-        if !(if write { raw } else { filled }) {
-            return Ok(None);
-        }
-        let path = folders.image(self.image)?;
-        bare_cost(&self.image.data_file(&path), len, write).map(Some)
     }
 
     /// Runs it once with one contender.
