@@ -8,3 +8,4 @@ mod life;
 mod lifecycle;
 mod mounts;
 mod plain;
+mod plug;

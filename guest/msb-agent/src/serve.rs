@@ -197,8 +197,8 @@ impl Server {
                 let result = self.guest.add(&mount);
                 self.answer(channel, "mount", mount.target, result);
             }
-            ToAgent::Unmount { target } => {
-                let result = self.guest.remove(&target);
+            ToAgent::Unmount { target, lazy } => {
+                let result = self.guest.remove(&target, lazy);
                 self.answer(channel, "unmount", target, result);
             }
             ToAgent::Shutdown { grace_ms } => {

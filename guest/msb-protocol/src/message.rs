@@ -34,6 +34,9 @@ pub enum ToAgent {
     Unmount {
         /// Guest path of the mount.
         target: String,
+        /// Also while something uses it: it goes from sight at once, and for good with its last user.
+        #[serde(default)]
+        lazy: bool,
     },
     /// Ends the guest: signals the commands, syncs, unmounts, powers off.
     Shutdown {

@@ -80,6 +80,17 @@ pub struct NamedVolumeBuilder {
 }
 
 impl MountBuilder {
+    /// The mount at `target` that `f` describes; relative host paths are taken from the current
+    /// directory.
+    pub(crate) fn describe(
+        target: &str,
+        f: impl FnOnce(Self) -> Self,
+    ) -> MicrosandboxResult<MountSpec> {
+        let cwd = std::env::current_dir()
+            .map_err(|error| Error::io("cannot find the current directory", error))?;
+        f(Self::new()).build(target, &cwd)
+    }
+
     pub(super) fn new() -> Self {
         Self {
             sources: Vec::new(),

@@ -3,6 +3,7 @@
 //! A plan is data: it can be printed (`msb plan`), compared and tested. It names files and
 //! programs, but nothing in this folder touches them.
 
+mod addition;
 mod guest;
 mod mounts;
 mod refusal;
@@ -13,6 +14,8 @@ use std::path::PathBuf;
 use msb_protocol::GuestPlan;
 use serde::{Deserialize, Serialize};
 
+pub use addition::Addition;
+pub(crate) use addition::standing;
 pub use refusal::{HostGap, Refusal, SourceProblem};
 
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
@@ -158,6 +161,14 @@ pub struct BackendPlan {
     pub purpose: String,
     /// The device.
     pub device: DevicePlan,
+}
+
+impl BackendPlan {
+    /// Whether it serves a mount, and not the root file system: it can be removed while the guest
+    /// runs.
+    pub fn is_mount(&self) -> bool {
+        self.purpose.starts_with('/')
+    }
 }
 
 /// The device that a backend serves.

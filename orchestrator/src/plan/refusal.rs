@@ -52,6 +52,20 @@ pub enum Refusal {
         /// What is wrong.
         rule: RuleError,
     },
+    /// The VMM gives a running guest no devices.
+    #[error("{0} cannot be given a volume while the sandbox runs")]
+    NoPlug(VmmKind),
+    /// Every place for a device is taken.
+    #[error("the sandbox has {0} volumes already, and no place for another device")]
+    NoPlace(usize),
+    /// The guest was not given what mounts such a file system.
+    #[error("`{target}`: the running guest has no kernel module for {fstype}")]
+    NoModule {
+        /// Where it was to be mounted.
+        target: GuestPath,
+        /// The file system.
+        fstype: String,
+    },
     /// There is no such image in the store.
     #[error("there is no image `{0}` in the local store")]
     NoImage(String),
@@ -149,7 +163,9 @@ impl Refusal {
                 ..
             } => ErrorKind::VolumeAlreadyExists,
             Self::NoImage(_) => ErrorKind::ImageNotFound,
-            Self::Host(_) => ErrorKind::Unsupported,
+            Self::Host(_) | Self::NoPlug(_) | Self::NoPlace(_) | Self::NoModule { .. } => {
+                ErrorKind::Unsupported
+            }
             _ => ErrorKind::InvalidConfig,
         }
     }
@@ -164,6 +180,9 @@ impl Refusal {
             Self::Rule { rule, .. } => return rule.hint().map(str::to_owned),
             Self::NoImage(_) => {
                 "load one with `msb image load FILE`, or name a root file system directory from `./`"
+            }
+            Self::NoPlug(_) | Self::NoPlace(_) | Self::NoModule { .. } => {
+                "make the sandbox anew with the volume among its flags; --vmm qemu takes volumes at any time"
             }
             Self::TooSmall { .. } => return None,
             Self::Host(gap) => return Some(gap.hint()),
@@ -180,7 +199,8 @@ impl Refusal {
             Self::Volume { name, .. } => name.to_string(),
             Self::NoImage(image) => image.clone(),
             Self::TooSmall { given, .. } => given.clone(),
-            Self::Host(_) => return None,
+            Self::NoModule { target, .. } => target.to_string(),
+            Self::Host(_) | Self::NoPlug(_) | Self::NoPlace(_) => return None,
         })
     }
 }

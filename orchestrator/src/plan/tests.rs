@@ -15,7 +15,7 @@ use crate::spec::{
 use crate::volume::VolumeFacts;
 
 /// A host where everything is there, with a few files below `/h`.
-fn host() -> HostFacts {
+pub(super) fn host() -> HostFacts {
     let program = |name: &str| Some(PathBuf::from("/bin").join(name));
     let mut facts = HostFacts {
         home: PathBuf::from("/home/me/.microsandbox"),
@@ -96,7 +96,7 @@ fn host() -> HostFacts {
     facts
 }
 
-fn mount(text: &str) -> MountSpec {
+pub(super) fn mount(text: &str) -> MountSpec {
     let (flag, value) = text.split_once(' ').unwrap();
     let flag = match flag {
         "-v" => MountFlag::Volume,
@@ -109,7 +109,7 @@ fn mount(text: &str) -> MountSpec {
     parse_mount(flag, value, Path::new("/h")).unwrap()
 }
 
-fn spec(mounts: &[&str]) -> SandboxSpec {
+pub(super) fn spec(mounts: &[&str]) -> SandboxSpec {
     SandboxSpec {
         name: SandboxName::try_from("box".to_owned()).unwrap(),
         image: ImageSource::Stored {
@@ -128,7 +128,7 @@ fn spec(mounts: &[&str]) -> SandboxSpec {
     }
 }
 
-fn planned(mounts: &[&str]) -> Plan {
+pub(super) fn planned(mounts: &[&str]) -> Plan {
     Plan::new(&spec(mounts), &host()).unwrap()
 }
 

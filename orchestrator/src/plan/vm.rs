@@ -9,6 +9,9 @@ use crate::spec::{Accel, SandboxSpec, VmmKind};
 /// balloon and entropy source, of the console, and of the share that holds the agent.
 const LIBKRUN_DEVICES: usize = 11 - 4;
 
+/// Devices that the bus takes on which volumes are plugged in.
+pub(super) const PLACES: usize = 32;
+
 /// Kernel modules that every guest needs, unless they are built in.
 const BASE_MODULES: [&str; 7] = [
     "virtio_pci",
@@ -146,7 +149,7 @@ fn choose(
     }
 }
 
-fn modules(disks: &[Option<String>]) -> Vec<String> {
+pub(super) fn modules(disks: &[Option<String>]) -> Vec<String> {
     let mut names: Vec<&str> = BASE_MODULES.to_vec();
     for fstype in disks {
         match fstype.as_deref() {

@@ -145,6 +145,16 @@ impl SandboxDir {
         read_json(&self.spec_path())
     }
 
+    /// Records a request that has changed; only the holder of the lock does.
+    pub(crate) fn write_spec(&self, spec: &SandboxSpec) -> MicrosandboxResult<()> {
+        let path = self.spec_path();
+        let made = std::fs::metadata(&path).and_then(|old| old.modified());
+        write_json(&path, spec)?;
+        // The age of this file is the sandbox's own.
+        let dated = made.and_then(|made| File::open(&path)?.set_modified(made));
+        dated.map_err(|error| Error::io(format!("cannot date `{}`", path.display()), error))
+    }
+
     /// The plan of the last start.
     ///
     /// # Errors

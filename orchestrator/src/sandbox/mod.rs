@@ -6,11 +6,9 @@ use std::time::{Duration, Instant};
 use crate::host::HostFacts;
 use crate::image::{ImageConfig, ImageStore};
 use crate::mend::mend;
-use crate::plan::Plan;
+use crate::plan::{Plan, standing};
 use crate::rundir::{Home, SandboxDir, SandboxState};
-use crate::spec::{
-    ImageSource, MountSource, NamedVolumeMode, SandboxName, SandboxSpec, VolumeRequest,
-};
+use crate::spec::{ImageSource, SandboxName, SandboxSpec};
 use crate::supervisor::control::{FromSupervisor, SOCKET, ToSupervisor};
 use crate::{Error, ErrorKind, MicrosandboxResult, supervisor};
 
@@ -18,6 +16,7 @@ mod client;
 mod copy;
 mod exec;
 mod handle;
+mod plug;
 
 use client::Client;
 pub use copy::Copied;
@@ -112,7 +111,7 @@ impl Sandbox {
             )
             .with_value(name.as_str()));
         }
-        let spec = again(dir.spec()?);
+        let spec = standing(dir.spec()?);
         let plan = decide(home, &spec)?;
         start(home, dir, spec, plan, launch).await
     }
@@ -306,25 +305,15 @@ async fn why_ended(client: &Client) -> Option<Error> {
                 client.closed().await;
                 return None;
             }
-            FromSupervisor::Progress { .. } | FromSupervisor::Ready { .. } => {}
+            FromSupervisor::Progress { .. }
+            | FromSupervisor::Ready { .. }
+            | FromSupervisor::Changed { .. } => {}
         }
     }
     Some(Error::new(
         ErrorKind::Boot,
         "the sandbox's supervisor was killed",
     ))
-}
-
-/// The request of a sandbox that has run before: its volumes have been made, so that one that is
-/// missing now is missed, and not made anew with nothing in it.
-fn again(mut spec: SandboxSpec) -> SandboxSpec {
-    for mount in &mut spec.mounts {
-        if let MountSource::Named { mode, request, .. } = &mut mount.source {
-            *mode = NamedVolumeMode::Existing;
-            *request = VolumeRequest::default();
-        }
-    }
-    spec
 }
 
 /// Decides what is done for `spec`, touching nothing.
@@ -349,6 +338,7 @@ async fn start(
     loop {
         match client.told().await {
             Some(FromSupervisor::Progress { step }) => (launch.progress)(&step),
+            Some(FromSupervisor::Changed { .. }) => {}
             Some(FromSupervisor::Ready { boot_ms }) => {
                 let image = image_config(home, &spec);
                 return Ok(Sandbox {

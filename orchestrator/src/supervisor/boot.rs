@@ -21,7 +21,7 @@ use crate::host::Programs;
 use crate::image::Image;
 use crate::plan::{BackendPlan, DevicePlan};
 use crate::spec::{Accel, VmmKind};
-use crate::vmm::{self, Machine};
+use crate::vmm::{self, Machine, Plug};
 use crate::volume::{self, Prepared};
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
@@ -35,19 +35,28 @@ const CAUSE_LIMIT: Duration = Duration::from_millis(500);
 /// Lines of the console that are shown when a guest does not come up.
 const CONSOLE_LINES: usize = 8;
 
+/// Number of the VMM among the children.
+const VMM: usize = usize::MAX;
+
 /// Everything that was started, for whoever takes it down.
 #[derive(Default)]
 pub(super) struct Parts {
-    /// In the order of the plan.
+    /// In the order of their start.
     pub(super) backends: Vec<Child>,
+    /// Number of the next backend.
+    pub(super) next: usize,
     /// What is needed to start some of them again.
     pub(super) spares: Vec<Spare>,
     pub(super) vmm: Option<Child>,
+    /// Through which the VMM is given devices.
+    pub(super) plug: Plug,
     /// The VMM has connected to its backends, so that they end when it does.
     pub(super) connected: bool,
     pub(super) control: Option<UnixListener>,
-    /// Numbers of children that have ended: those of backends, then the VMM's.
+    /// Numbers of children that have ended; the VMM's is [`VMM`].
     pub(super) ends: Option<mpsc::UnboundedReceiver<usize>>,
+    /// For those that are started later.
+    pub(super) send_end: Option<mpsc::UnboundedSender<usize>>,
     /// Named volumes that were made for this start.
     pub(super) volumes: Option<Prepared>,
     image: Option<std::fs::File>,
@@ -59,7 +68,8 @@ impl Parts {
         let failed = self.backends.iter().find(|backend| backend.failed());
         // Without a VMM the backends end as they should, and are not the cause.
         let vmm = self.vmm.as_ref().filter(|vmm| vmm.status().is_some());
-        let ended = self.backends.iter().find(|b| b.status().is_some());
+        let ended = |backend: &&Child| backend.needed && backend.status().is_some();
+        let ended = self.backends.iter().find(ended);
         let (what, child) = match (failed, vmm, ended) {
             (Some(backend), _, _) | (None, None, Some(backend)) => ("the backend of ", backend),
             (None, Some(vmm), _) => ("", vmm),
@@ -124,6 +134,7 @@ async fn start(
     parts.control = Some(tokio_listener(control)?);
     let (send_end, ends) = mpsc::unbounded_channel();
     parts.ends = Some(ends);
+    parts.send_end = Some(send_end.clone());
 
     tell("starting backends");
     let jail = Jail::from_env()?;
@@ -138,11 +149,13 @@ async fn start(
         parts.backends.push(child);
         sockets.push(socket);
     }
+    parts.next = sockets.len();
 
     tell("booting");
     let agent = vmm::agent_socket(sandbox.plan.vm.vmm);
     let agent = sandbox.sockets.socket(&agent)?;
     let listener = tokio_listener(listen(&agent)?)?;
+    parts.plug = Plug::prepare(sandbox.plan.vm.vmm, sandbox.sockets.path())?;
     let (kernel, initramfs) = boot_files(sandbox, &programs)?;
     for (plan, backend) in sandbox.plan.backends.iter().zip(&parts.backends) {
         verify::verify(plan, backend, jail).await?;
@@ -210,7 +223,7 @@ fn start_vmm(
         "the VMM".to_owned(),
         launch.command,
         &sandbox.log,
-        machine.devices.len(),
+        VMM,
         ends,
     )
 }
@@ -367,7 +380,7 @@ fn boot_files(
     Ok((kernel.transpose()?, Some(initramfs)))
 }
 
-fn purpose(name: &str) -> String {
+pub(super) fn purpose(name: &str) -> String {
     if name.starts_with('/') {
         format!("mount {name}")
     } else {
@@ -375,7 +388,7 @@ fn purpose(name: &str) -> String {
     }
 }
 
-fn listen(path: &Path) -> MicrosandboxResult<StdUnixListener> {
+pub(super) fn listen(path: &Path) -> MicrosandboxResult<StdUnixListener> {
     StdUnixListener::bind(path)
         .map_err(|error| Error::io(format!("cannot bind `{}`", path.display()), error))
 }

@@ -22,8 +22,13 @@ const LINES: usize = 12;
 const LINE_MAX: u64 = 4096;
 
 /// A child process that this one started.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Child {
+    /// By which its end is told.
+    pub(super) number: usize,
+    /// Whether the sandbox cannot go on without it; a mount that is just being added or removed is
+    /// the matter of whoever does that.
+    pub(super) needed: bool,
     /// What it is for, such as `root disk` or `mount /data`.
     pub(crate) purpose: String,
     pid: Option<Pid>,
@@ -74,6 +79,8 @@ impl Child {
             let _ = ends.send(number);
         });
         Ok(Self {
+            number,
+            needed: true,
             purpose,
             pid,
             ended,
@@ -137,7 +144,7 @@ impl Child {
 
     /// Whether it ended in another way than it should.
     pub(crate) fn failed(&self) -> bool {
-        self.status().is_some_and(|status| !status.success())
+        self.needed && self.status().is_some_and(|status| !status.success())
     }
 }
 

@@ -5,7 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::Plan;
+use crate::plan::{Addition, Plan};
+use crate::spec::GuestPath;
 use crate::{Error, ErrorKind};
 
 /// Name of the control socket in the folder of a sandbox's sockets.
@@ -23,6 +24,14 @@ pub(crate) enum ToSupervisor {
     },
     /// Leaves the channel's command running when this client goes; its output goes to the log.
     Detach { channel: u32 },
+    /// Adds a mount; the answer is `Changed`.
+    Mount { addition: Box<Addition> },
+    /// Removes a mount; the answer is `Changed`.
+    Unmount {
+        target: GuestPath,
+        /// Also while something in the guest uses it.
+        force: bool,
+    },
     /// Ends the sandbox; the answer is `Stopped`.
     Stop {
         /// How long commands have after SIGTERM.
@@ -42,6 +51,8 @@ pub(crate) enum FromSupervisor {
     Progress { step: String },
     /// The sandbox accepts commands.
     Ready { boot_ms: u64 },
+    /// What was asked for has been done, or undone.
+    Changed { failure: Option<Failure> },
     /// The sandbox could not be started, or broke down.
     Failed { failure: Failure },
     /// The sandbox has ended.
@@ -61,6 +72,7 @@ pub(crate) struct Failure {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum FailureClass {
     Boot,
+    Config,
     InUse,
     NotFound,
     WrongState,
@@ -78,6 +90,7 @@ impl Failure {
             cause = inner.source();
         }
         let class = match error.kind() {
+            ErrorKind::InvalidConfig => FailureClass::Config,
             ErrorKind::InUse => FailureClass::InUse,
             ErrorKind::SandboxNotFound => FailureClass::NotFound,
             ErrorKind::WrongState => FailureClass::WrongState,
@@ -96,6 +109,7 @@ impl Failure {
     pub(crate) fn into_error(self) -> Error {
         let kind = match self.class {
             FailureClass::Boot => ErrorKind::Boot,
+            FailureClass::Config => ErrorKind::InvalidConfig,
             FailureClass::InUse => ErrorKind::InUse,
             FailureClass::NotFound => ErrorKind::SandboxNotFound,
             FailureClass::WrongState => ErrorKind::WrongState,

@@ -17,7 +17,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::boot::{Link, Parts};
-use super::control::{Failure, ToSupervisor};
+use super::control::{Failure, FromSupervisor, ToSupervisor};
+use super::plug::Changes;
 use super::{Owner, Sandbox};
 use crate::agent::{self, FrameReader, FrameSender};
 use crate::rundir::Status;
@@ -69,9 +70,10 @@ struct Running {
 /// What a client's reading task reports: a frame, or that the client has gone.
 type Heard = (u64, Option<Frame>);
 
-struct Hub<'a> {
-    sandbox: &'a mut Sandbox,
-    agent: FrameSender,
+pub(super) struct Hub<'a> {
+    pub(super) sandbox: &'a mut Sandbox,
+    pub(super) agent: FrameSender,
+    pub(super) changes: Changes,
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     commands: BTreeMap<Channel, Running>,
@@ -80,7 +82,7 @@ struct Hub<'a> {
     owner: Option<u64>,
     output: Option<File>,
     /// When a stop is under way: by when it must be over.
-    stopping: Option<Instant>,
+    pub(super) stopping: Option<Instant>,
     /// The guest has said that everything is on disk.
     goodbye: bool,
 }
@@ -100,9 +102,11 @@ pub(super) async fn serve(
     mut link: Link,
 ) -> Outcome {
     let (heard, mut ears) = mpsc::channel(64);
+    let (changes, mut done) = Changes::new();
     let mut hub = Hub {
         sandbox,
         agent: link.sender.clone(),
+        changes,
         clients: BTreeMap::new(),
         next_client: 0,
         commands: BTreeMap::new(),
@@ -134,7 +138,11 @@ pub(super) async fn serve(
                 }
                 Next::On
             }
-            Some((client, frame)) = ears.recv() => hub.hear_client(client, frame),
+            Some((client, frame)) = ears.recv() => hub.hear_client(parts, client, frame),
+            Some(done) = done.recv() => {
+                hub.go_on(parts, done);
+                Next::On
+            }
             frame = link.reader.next(), if agent_open => match frame {
                 Ok(Some(frame)) => hub.hear_agent(frame),
                 Ok(None) => {
@@ -230,14 +238,14 @@ impl Hub<'_> {
         number
     }
 
-    fn hear_client(&mut self, number: u64, frame: Option<Frame>) -> Next {
+    fn hear_client(&mut self, parts: &mut Parts, number: u64, frame: Option<Frame>) -> Next {
         let Some(frame) = frame else {
             self.part_with(number);
             return Next::On;
         };
         if frame.channel == 0 {
             return match frame.message::<ToSupervisor>() {
-                Ok(message) => self.obey(number, &message),
+                Ok(message) => self.obey(parts, number, message),
                 Err(_) => {
                     self.part_with(number);
                     Next::On
@@ -273,11 +281,11 @@ impl Hub<'_> {
         self.agent.send(Frame { channel, ..frame });
     }
 
-    fn obey(&mut self, number: u64, message: &ToSupervisor) -> Next {
+    fn obey(&mut self, parts: &mut Parts, number: u64, message: ToSupervisor) -> Next {
         match message {
             ToSupervisor::Start { .. } => Next::On,
             ToSupervisor::Detach { channel } => {
-                let ours = Some((number, *channel));
+                let ours = Some((number, channel));
                 let found = self
                     .commands
                     .iter_mut()
@@ -292,10 +300,18 @@ impl Hub<'_> {
                 }
                 Next::On
             }
+            ToSupervisor::Mount { addition } => {
+                self.mount(parts, number, addition);
+                Next::On
+            }
+            ToSupervisor::Unmount { target, force } => {
+                self.unmount(parts, number, target, force);
+                Next::On
+            }
             ToSupervisor::Stop { grace_ms, limit_ms } => {
                 self.stop(
-                    Duration::from_millis(*grace_ms),
-                    Duration::from_millis(*limit_ms),
+                    Duration::from_millis(grace_ms),
+                    Duration::from_millis(limit_ms),
                 );
                 Next::On
             }
@@ -331,8 +347,10 @@ impl Hub<'_> {
 
     fn hear_agent(&mut self, frame: Frame) -> Next {
         if frame.channel == 0 {
-            if matches!(frame.message::<FromAgent>(), Ok(FromAgent::Goodbye)) {
-                self.goodbye = true;
+            match frame.message::<FromAgent>() {
+                Ok(FromAgent::Goodbye) => self.goodbye = true,
+                Ok(message) => self.changes.hear_agent(message),
+                Err(_) => {}
             }
             return Next::On;
         }
@@ -396,6 +414,16 @@ impl Hub<'_> {
             _ if vmm_ended && self.goodbye && !backend_failed => Next::Over(None),
             Some(error) => Next::Over(Some(error)),
             None => Next::On,
+        }
+    }
+
+    /// Tells a client what became of the change that it asked for.
+    pub(super) fn answer(&self, number: u64, failure: Option<&Error>) {
+        if let Some(client) = self.clients.get(&number) {
+            let failure = failure.map(Failure::of);
+            client
+                .sender
+                .message(0, &FromSupervisor::Changed { failure });
         }
     }
 

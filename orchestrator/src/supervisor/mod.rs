@@ -25,7 +25,9 @@ use crate::{Error, ErrorKind, MicrosandboxResult};
 mod boot;
 mod child;
 pub(crate) mod control;
+mod guest;
 mod hub;
+mod plug;
 mod revive;
 mod verify;
 
@@ -37,6 +39,9 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// How often the sandbox's lock is tried, ten milliseconds apart.
 const LOCK_ATTEMPTS: usize = 30;
+
+/// How long a VMM may take to end by itself.
+const VMM_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long backends may take to flush and end after the VMM has gone.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
@@ -328,7 +333,14 @@ async fn take_down(
     lock: SandboxLock,
     outcome: hub::Outcome,
 ) {
+    let plug = &mut parts.plug;
     if let Some(vmm) = &mut parts.vmm {
+        // One that can be asked takes its sockets with it.
+        let running = vmm.status().is_none();
+        let asked = async { running && plug.shut_down().await };
+        if tokio::time::timeout(VMM_LIMIT, asked).await == Ok(true) {
+            vmm.ended_within(VMM_LIMIT).await;
+        }
         vmm.kill().await;
     }
     // A backend ends by itself when the VMM it served has gone; one that was never connected to

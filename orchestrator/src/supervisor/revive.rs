@@ -24,7 +24,8 @@ const WITHIN: Duration = Duration::from_secs(60);
 /// What the next process of a backend needs.
 #[derive(Debug)]
 pub(super) struct Spare {
-    number: usize,
+    pub(super) number: usize,
+    plan: BackendPlan,
     listener: UnixListener,
     ends: mpsc::UnboundedSender<usize>,
     deaths: Vec<Instant>,
@@ -48,6 +49,7 @@ impl Spare {
             .map_err(|error| Error::io("cannot keep a backend's socket", error))?;
         Ok(Some(Self {
             number,
+            plan: plan.clone(),
             listener,
             ends: ends.clone(),
             deaths: Vec::new(),
@@ -64,6 +66,13 @@ impl Spare {
 }
 
 impl Parts {
+    /// The backend with this number, unless it has been removed.
+    pub(super) fn backend(&mut self, number: usize) -> Option<&mut Child> {
+        self.backends
+            .iter_mut()
+            .find(|backend| backend.number == number)
+    }
+
     /// Starts backend `number` again if it has failed and that may help; whether it did.
     ///
     /// # Errors
@@ -74,15 +83,15 @@ impl Parts {
         sandbox: &Sandbox,
         number: usize,
     ) -> MicrosandboxResult<bool> {
-        let failed = self.backends.get(number).is_some_and(Child::failed);
+        let failed = self.backend(number).is_some_and(|child| child.failed());
         let spare = self.spares.iter_mut().find(|spare| spare.number == number);
-        let plan = sandbox.plan.backends.get(number);
-        let (true, Some(spare), Some(plan)) = (failed, spare, plan) else {
+        let (true, Some(spare)) = (failed, spare) else {
             return Ok(false);
         };
         if spare.dies_too_often() {
             return Ok(false);
         }
+        let plan = &spare.plan;
         let listener = spare
             .listener
             .try_clone()
@@ -90,7 +99,7 @@ impl Parts {
         let jail = Jail::from_env()?;
         let child = start_backend(sandbox, plan, number, jail, listener, &spare.ends)?;
         verify(plan, &child, jail).await?;
-        if let Some(place) = self.backends.get_mut(number) {
+        if let Some(place) = self.backend(number) {
             let dead = std::mem::replace(place, child);
             tracing::warn!(
                 "the backend of {} ended and was started again: {}",

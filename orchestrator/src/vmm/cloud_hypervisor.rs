@@ -8,7 +8,7 @@ use msb_protocol::{VSOCK_PORT, VSOCK_WORD};
 use super::{Driver, KERNEL_OPTIONS, Machine, no_kernel, queues};
 use crate::backend::{DISK_QUEUE_SIZE, QUEUE_SIZE};
 use crate::host::Programs;
-use crate::plan::DevicePlan;
+use crate::plan::{BackendPlan, DevicePlan};
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
 pub(super) struct CloudHypervisor;
@@ -66,13 +66,18 @@ impl Driver for CloudHypervisor {
         for (plan, socket) in &machine.devices {
             let socket = value(socket)?;
             let count = queues(&plan.device);
+            let name = if plan.is_mount() {
+                format!(",id={}", device_id(plan))
+            } else {
+                String::new()
+            };
             match plan.device {
                 DevicePlan::Fs(_) => shares.push(format!(
-                    "tag={},socket={socket},num_queues={count},queue_size={QUEUE_SIZE}",
+                    "tag={},socket={socket},num_queues={count},queue_size={QUEUE_SIZE}{name}",
                     plan.id
                 )),
                 DevicePlan::Blk(_) => disks.push(format!(
-                    "vhost_user=on,socket={socket},num_queues={count},queue_size={DISK_QUEUE_SIZE}"
+                    "vhost_user=on,socket={socket},num_queues={count},queue_size={DISK_QUEUE_SIZE}{name}"
                 )),
             }
         }
@@ -91,8 +96,13 @@ impl Driver for CloudHypervisor {
     }
 }
 
+/// Its name of the device of a mount.
+pub(super) fn device_id(plan: &BackendPlan) -> String {
+    format!("m-{}", plan.id)
+}
+
 /// Its control socket.
-fn api(sockets: &Path) -> PathBuf {
+pub(super) fn api(sockets: &Path) -> PathBuf {
     sockets.join("api")
 }
 

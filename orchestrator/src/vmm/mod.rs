@@ -15,12 +15,15 @@ use crate::{Error, ErrorKind, MicrosandboxResult};
 mod cloud_hypervisor;
 mod confine;
 mod libkrun;
+mod monitor;
+mod plug;
 mod qemu;
 #[allow(unsafe_code)]
 mod sys;
 
 pub use confine::{Reach, confine};
 pub use libkrun::{become_machine, probe};
+pub(crate) use plug::Plug;
 
 /// Quiet, so that a boot that works prints nothing; a panic ends the VM instead of hanging it. The
 /// rest leaves out what takes long under emulation and what no guest of ours needs: self-tests, a

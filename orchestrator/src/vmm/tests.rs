@@ -39,6 +39,15 @@ fn backends() -> [BackendPlan; 2] {
     ]
 }
 
+/// A share and a disk that are mounts.
+pub(super) fn mounts() -> [BackendPlan; 2] {
+    let [mut share, mut disk] = backends();
+    share.id = "share_1".into();
+    share.purpose = "/share".into();
+    disk.purpose = "/disk".into();
+    [share, disk]
+}
+
 fn check(vmm: VmmKind, accel: Accel, expected: &Expect) {
     let vm = VmPlan {
         vmm,
@@ -50,7 +59,7 @@ fn check(vmm: VmmKind, accel: Accel, expected: &Expect) {
         modules: None,
         module_names: Vec::new(),
     };
-    let backends = backends();
+    let backends: Vec<_> = backends().into_iter().chain(mounts()).collect();
     let machine = Machine {
         name: "demo",
         vm: &vm,
@@ -59,7 +68,7 @@ fn check(vmm: VmmKind, accel: Accel, expected: &Expect) {
         sockets: Path::new("/run/s"),
         devices: backends
             .iter()
-            .zip(["/run/s/d0".into(), "/run/s/d1".into()])
+            .zip(["d0", "d1", "d2", "d3"].map(|name| Path::new("/run/s").join(name)))
             .collect(),
         agent: PathBuf::from("/run/s").join(agent_socket(vmm)),
         console: "/home/a,b/console.log".into(),
@@ -108,10 +117,17 @@ fn qemu() {
             -chardev socket,id=agent,path=/run/s/agent
             -device virtio-serial-pci,max_ports=2
             -device virtserialport,chardev=agent,name=dev.microsandbox.agent
+            -chardev socket,id=monitor,path=/run/s/monitor
+            -mon chardev=monitor,mode=control
+            -device pci-bridge,id=plug,chassis_nr=1
             -chardev socket,id=device0,path=/run/s/d0
             -device vhost-user-fs-pci,chardev=device0,tag=root_1,queue-size=1024,num-request-queues=2
             -chardev socket,id=device1,path=/run/s/d1,reconnect=1
-            -device vhost-user-blk-pci,chardev=device1,queue-size=256,num-queues=1"#]],
+            -device vhost-user-blk-pci,chardev=device1,queue-size=256,num-queues=1
+            -chardev socket,id=c-share_1,path=/run/s/d2
+            -device vhost-user-fs-pci,chardev=c-share_1,tag=share_1,queue-size=1024,num-request-queues=2,bus=plug,id=m-share_1
+            -chardev socket,id=c-disk_2,path=/run/s/d3,reconnect=1
+            -device vhost-user-blk-pci,chardev=c-disk_2,queue-size=256,num-queues=1,bus=plug,id=m-disk_2"#]],
     );
     check(
         VmmKind::Qemu,
@@ -139,10 +155,17 @@ fn qemu() {
             -chardev socket,id=agent,path=/run/s/agent
             -device virtio-serial-pci,max_ports=2
             -device virtserialport,chardev=agent,name=dev.microsandbox.agent
+            -chardev socket,id=monitor,path=/run/s/monitor
+            -mon chardev=monitor,mode=control
+            -device pci-bridge,id=plug,chassis_nr=1
             -chardev socket,id=device0,path=/run/s/d0
             -device vhost-user-fs-pci,chardev=device0,tag=root_1,queue-size=1024,num-request-queues=2
             -chardev socket,id=device1,path=/run/s/d1,reconnect=1
-            -device vhost-user-blk-pci,chardev=device1,queue-size=256,num-queues=1"#]],
+            -device vhost-user-blk-pci,chardev=device1,queue-size=256,num-queues=1
+            -chardev socket,id=c-share_1,path=/run/s/d2
+            -device vhost-user-fs-pci,chardev=c-share_1,tag=share_1,queue-size=1024,num-request-queues=2,bus=plug,id=m-share_1
+            -chardev socket,id=c-disk_2,path=/run/s/d3,reconnect=1
+            -device vhost-user-blk-pci,chardev=c-disk_2,queue-size=256,num-queues=1,bus=plug,id=m-disk_2"#]],
     );
 }
 
@@ -164,8 +187,8 @@ fn cloud_hypervisor() {
             --seccomp true
             --landlock
             --landlock-rules path=/run/s,access=rw
-            --fs tag=root_1,socket=/run/s/d0,num_queues=2,queue_size=1024
-            --disk vhost_user=on,socket=/run/s/d1,num_queues=1,queue_size=256"#]],
+            --fs tag=root_1,socket=/run/s/d0,num_queues=2,queue_size=1024 tag=share_1,socket=/run/s/d2,num_queues=2,queue_size=1024,id=m-share_1
+            --disk vhost_user=on,socket=/run/s/d1,num_queues=1,queue_size=256 vhost_user=on,socket=/run/s/d3,num_queues=1,queue_size=256,id=m-disk_2"#]],
     );
 }
 
@@ -175,7 +198,7 @@ fn libkrun() {
         VmmKind::Libkrun,
         Accel::Kvm,
         &expect![[r#"
-            krun {"library":"/lib/libkrun.so.1","cpus":2,"memory_mib":512,"init":"/libexec/msb-agent","agent":"/run/s/agent","devices":[{"kind":26,"name":"root_1","socket":"/run/s/d0","queue_sizes":[1024,1024,1024]},{"kind":2,"name":"disk_2","socket":"/run/s/d1","queue_sizes":[256]}]}"#]],
+            krun {"library":"/lib/libkrun.so.1","cpus":2,"memory_mib":512,"init":"/libexec/msb-agent","agent":"/run/s/agent","devices":[{"kind":26,"name":"root_1","socket":"/run/s/d0","queue_sizes":[1024,1024,1024]},{"kind":2,"name":"disk_2","socket":"/run/s/d1","queue_sizes":[256]},{"kind":26,"name":"share_1","socket":"/run/s/d2","queue_sizes":[1024,1024,1024]},{"kind":2,"name":"disk_2","socket":"/run/s/d3","queue_sizes":[256]}]}"#]],
     );
 }
 

@@ -24,7 +24,10 @@ use super::users::{VolumeUse, sandboxes_using};
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
 use crate::plan::VolumePlan;
 use crate::rundir::{Home, drafting, make_dir, millis, remove_drafts, sync_dir, write_json};
-use crate::spec::{Mebibytes, NamedVolumeMode, SandboxName, VolumeKind, VolumeName, VolumeRequest};
+use crate::spec::{
+    Mebibytes, MountSource, NamedVolumeMode, SandboxName, SandboxSpec, VolumeKind, VolumeName,
+    VolumeRequest,
+};
 
 /// The volumes that were made for a sandbox, so that they can be taken back when it does not start.
 #[derive(Debug, Default)]
@@ -73,6 +76,23 @@ impl Prepared {
             if let Ok(_lock) = lock(home, &made.name) {
                 // Should this fail, the next one to meet the volume sees that the sandbox has run.
                 let _ = settled(home, &made.name);
+            }
+        }
+    }
+
+    /// Removes what was made for a mount that a running sandbox did not get after all.
+    pub(crate) fn take_back(self, home: &Home) {
+        for made in self.made {
+            let Ok(_lock) = lock(home, &made.name) else {
+                continue;
+            };
+            // What somebody else has found in the meantime is theirs.
+            if let Ok(Some(record)) = record::read(home, &made.name)
+                && record.made_for.is_some()
+                && !holds_files(home, &record)
+            {
+                // What cannot be removed is found when the sandbox has ended.
+                let _ = remove_locked(home, record);
             }
         }
     }
@@ -210,7 +230,9 @@ fn settled(home: &Home, name: &VolumeName) -> MicrosandboxResult<Option<Record>>
         return Ok(Some(record));
     };
     let owner = home.sandbox(owner);
-    let has_run = owner.spec_path().exists() && !owner.is_provisional();
+    // Made for a mount that was being added to a running sandbox, it is not among its mounts yet.
+    let mounts = owner.spec().is_ok_and(|spec| mounts_volume(&spec, name));
+    let has_run = mounts && !owner.is_provisional();
     if has_run || holds_files(home, &record) {
         return adopt(home, record).map(Some);
     }
@@ -219,6 +241,12 @@ fn settled(home: &Home, name: &VolumeName) -> MicrosandboxResult<Option<Record>>
     }
     remove_locked(home, record)?;
     Ok(None)
+}
+
+/// Whether a sandbox mounts the volume.
+fn mounts_volume(spec: &SandboxSpec, volume: &VolumeName) -> bool {
+    let mut mounts = spec.mounts.iter();
+    mounts.any(|mount| matches!(&mount.source, MountSource::Named { name, .. } if name == volume))
 }
 
 /// Makes a volume stay that was made for the first start of a sandbox. Needs the lock.
@@ -530,7 +558,8 @@ mod tests {
     #[test]
     fn what_was_made_for_a_sandbox_stays_once_that_has_run_or_somebody_uses_it() {
         let Scratch { home, .. } = &scratch();
-        let spec = crate::Sandbox::builder("box").image("./x").build().unwrap();
+        let spec = crate::Sandbox::builder("box").image("./x");
+        let spec = spec.volume("/new", |v| v.named("new")).build().unwrap();
         let plan = [VolumePlan {
             name: name("new"),
             mode: NamedVolumeMode::EnsureExists,

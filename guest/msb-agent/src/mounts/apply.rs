@@ -147,18 +147,57 @@ impl Guest {
         {
             return Err(MountError::Plan("something is mounted there already"));
         }
-        self.apply(&super::volume_step(mount, self.security))
+        self.check_point(&mount.target)?;
+        let before = self.volumes.len();
+        let added = self.apply(&super::volume_step(mount, self.security));
+        if added.is_err() && self.volumes.len() > before {
+            // It is attached and not what was asked for.
+            self.remove(&mount.target, true)?;
+        }
+        added
     }
 
-    /// Unmounts the volume that the host knows under `target`.
-    pub(crate) fn remove(&mut self, target: &str) -> Result<(), MountError> {
+    /// Refuses what a running guest cannot do without. Its image or its user may have made a link
+    /// that leads there, which only the guest sees.
+    fn check_point(&self, target: &str) -> Result<(), MountError> {
+        let point = match target::resolve(self.root()?.as_fd(), target) {
+            Err(Errno::NOENT) => return Ok(()),
+            point => point.doing("cannot reach the mount point")?,
+        };
+        if is_mount_root(&point).doing("cannot look at the mount point")? {
+            return Err(MountError::Plan("something is mounted there already"));
+        }
+        let path = fs::readlinkat(CWD, fd_path(&point), vec![]).doing("name the mount point")?;
+        let own = ["/proc", "/sys", "/dev"].iter().any(|place| {
+            let rest = path.to_bytes().strip_prefix(place.as_bytes());
+            rest.is_some_and(|rest| rest.first().is_none_or(|byte| *byte == b'/'))
+        });
+        if own {
+            return Err(MountError::Plan(
+                "the path leads into a place of the system",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Unmounts the volume that the host knows under `target`; a lazy one is only written out first.
+    pub(crate) fn remove(&mut self, target: &str, lazy: bool) -> Result<(), MountError> {
         let index = self
             .volumes
             .iter()
             .rposition(|(volume, _)| volume == target);
         let index = index.ok_or(MountError::Plan("no volume is mounted there"))?;
         if let Some((_, path)) = self.volumes.get(index) {
-            unmount(path, UnmountFlags::NOFOLLOW).doing("cannot unmount")?;
+            let mut flags = UnmountFlags::NOFOLLOW;
+            if lazy {
+                flags |= UnmountFlags::DETACH;
+                let read = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                let volume = fs::openat(CWD, path.as_str(), read, Mode::empty());
+                if let Err(error) = volume.and_then(fs::syncfs) {
+                    eprintln!("msb-agent: cannot write {path} out: {error}");
+                }
+            }
+            unmount(path, flags).doing("cannot unmount")?;
         }
         self.volumes.remove(index);
         Ok(())

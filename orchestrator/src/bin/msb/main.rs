@@ -4,6 +4,7 @@ mod args;
 mod attach;
 mod commands;
 mod machine;
+mod mounts;
 mod output;
 mod progress;
 

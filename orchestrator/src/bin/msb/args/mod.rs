@@ -1,6 +1,7 @@
 //! The command line as it was typed: every verb and its flags.
 
 mod conf;
+mod mount;
 mod sandbox;
 mod volume;
 
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub(crate) use mount::{MountAdd, MountCommand, MountList, MountRemove};
 pub(crate) use sandbox::{
     Create, Exec, ImageCommand, Inspect, Krun, LogSource, Logs, Processes, Remove, Restart, Run,
     SandboxFlags, Sandboxes, Selection, Start, Stop, Supervise, Tied,
@@ -78,6 +80,9 @@ pub(crate) enum Command {
     /// Manage images
     #[command(subcommand, visible_alias = "images")]
     Image(ImageCommand),
+    /// Mount and unmount volumes while a sandbox runs
+    #[command(subcommand)]
+    Mount(MountCommand),
     /// Manage named volumes
     #[command(subcommand, visible_aliases = ["volumes", "vol", "vols"])]
     Volume(VolumeCommand),

@@ -304,7 +304,7 @@ fn describe(whole: &Whole) -> String {
 }
 
 /// `/x → volume:data (ro,nodev) [stat-virt=relaxed]`.
-fn mount_line(mount: &MountSpec) -> String {
+pub(crate) fn mount_line(mount: &MountSpec) -> String {
     let (source, share) = match &mount.source {
         MountSource::Bind { path, share, .. } => (path.display().to_string(), Some(share)),
         MountSource::Named { name, share, .. } => (format!("volume:{name}"), Some(share)),

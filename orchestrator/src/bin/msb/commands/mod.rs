@@ -19,8 +19,10 @@ use microsandbox::vmm::{Reach, become_machine, probe};
 use microsandbox::{Error, ErrorKind};
 use tokio::runtime::Builder;
 
+pub(crate) use list::mount_line;
+
 use crate::args::{Cli, Command, Krun, Tied};
-use crate::{machine, output};
+use crate::{machine, mounts, output};
 
 /// Carries out a command line; whatever goes wrong is told on standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
@@ -80,6 +82,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Error> {
         Command::Inspect(args) => list::inspect(&args),
         Command::Logs(args) => logs::logs(&args).await,
         Command::Image(command) => image::image(&command),
+        Command::Mount(command) => mounts::mount(&command).await,
         Command::Volume(command) => volume::volume(command).await,
         Command::Plan(flags) => machine::plan(&flags),
         Command::Doctor(format) => machine::doctor(format),
