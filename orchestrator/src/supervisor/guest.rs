@@ -1,11 +1,23 @@
-//! The agent, as a task of the supervisor speaks with it about one mount.
+//! The two sides of one mount, as a task of the supervisor works with them: agent and backend.
+
+use std::path::PathBuf;
+use std::time::Duration;
 
 use msb_protocol::{FromAgent, GuestMount, ToAgent};
 use tokio::sync::mpsc;
 
+use super::child::Child;
 use super::plug::PATIENCE;
 use crate::agent::FrameSender;
+use crate::plan::BackendPlan;
 use crate::{Error, ErrorKind, MicrosandboxResult};
+
+/// A backend of a mount, as a task works with it.
+pub(super) struct Served {
+    pub(super) plan: BackendPlan,
+    pub(super) child: Child,
+    pub(super) socket: PathBuf,
+}
 
 /// Both directions: what is sent, and the answers that the loop passes on.
 pub(super) struct Guest {
@@ -50,6 +62,30 @@ impl Guest {
         tokio::time::timeout(PATIENCE, answered)
             .await
             .unwrap_or_else(|_| Err(silent()))
+    }
+}
+
+impl Served {
+    /// Waits for something that cannot come when the backend has ended.
+    pub(super) async fn while_it_lives(
+        &self,
+        work: impl Future<Output = MicrosandboxResult<()>>,
+    ) -> MicrosandboxResult<()> {
+        let mut child = self.child.clone();
+        tokio::select! {
+            done = work => done,
+            true = child.ended_within(Duration::MAX) => Err(self.died()),
+        }
+    }
+
+    /// What its end means for the mount.
+    pub(super) fn died(&self) -> Error {
+        let Child { purpose, .. } = &self.child;
+        let message = format!(
+            "the backend of {purpose} ended: {}",
+            self.child.last_words()
+        );
+        Error::new(ErrorKind::Boot, message)
     }
 }
 

@@ -6,15 +6,13 @@
 //! nobody mounts, which the next command removes.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use msb_protocol::{FromAgent, GuestMount};
 use tokio::sync::mpsc;
 
 use super::boot::{Parts, listen, purpose, start_backend};
-use super::child::Child;
-use super::guest::Guest;
+use super::guest::{Guest, Served};
 use super::hub::Hub;
 use super::revive::Spare;
 use super::verify::verify;
@@ -90,13 +88,6 @@ impl Changes {
             let _ = answers.send(message);
         }
     }
-}
-
-/// A backend of a mount, as a task works with it.
-struct Served {
-    plan: BackendPlan,
-    child: Child,
-    socket: PathBuf,
 }
 
 impl Hub<'_> {
@@ -459,29 +450,6 @@ async fn fall(
         tracing::warn!("{} is not mounted any more: {error}", mount.target);
     }
     gone
-}
-
-impl Served {
-    /// Waits for something that cannot come when the backend has ended.
-    async fn while_it_lives(
-        &self,
-        work: impl Future<Output = MicrosandboxResult<()>>,
-    ) -> MicrosandboxResult<()> {
-        let mut child = self.child.clone();
-        tokio::select! {
-            done = work => done,
-            true = child.ended_within(Duration::MAX) => Err(self.died()),
-        }
-    }
-
-    fn died(&self) -> Error {
-        let Child { purpose, .. } = &self.child;
-        let message = format!(
-            "the backend of {purpose} ended: {}",
-            self.child.last_words()
-        );
-        Error::new(ErrorKind::Boot, message)
-    }
 }
 
 /// Keeps what a restart mounts, and what `msb inspect` shows.

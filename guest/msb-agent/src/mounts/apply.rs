@@ -147,7 +147,7 @@ impl Guest {
         {
             return Err(MountError::Plan("something is mounted there already"));
         }
-        self.check_point(&mount.target)?;
+        system::check_free(self.root()?, &mount.target)?;
         let before = self.volumes.len();
         let added = self.apply(&super::volume_step(mount, self.security));
         if added.is_err() && self.volumes.len() > before {
@@ -155,29 +155,6 @@ impl Guest {
             self.remove(&mount.target, true)?;
         }
         added
-    }
-
-    /// Refuses what a running guest cannot do without. Its image or its user may have made a link
-    /// that leads there, which only the guest sees.
-    fn check_point(&self, target: &str) -> Result<(), MountError> {
-        let point = match target::resolve(self.root()?.as_fd(), target) {
-            Err(Errno::NOENT) => return Ok(()),
-            point => point.doing("cannot reach the mount point")?,
-        };
-        if is_mount_root(&point).doing("cannot look at the mount point")? {
-            return Err(MountError::Plan("something is mounted there already"));
-        }
-        let path = fs::readlinkat(CWD, fd_path(&point), vec![]).doing("name the mount point")?;
-        let own = ["/proc", "/sys", "/dev"].iter().any(|place| {
-            let rest = path.to_bytes().strip_prefix(place.as_bytes());
-            rest.is_some_and(|rest| rest.first().is_none_or(|byte| *byte == b'/'))
-        });
-        if own {
-            return Err(MountError::Plan(
-                "the path leads into a place of the system",
-            ));
-        }
-        Ok(())
     }
 
     /// Unmounts the volume that the host knows under `target`; a lazy one is only written out first.
@@ -508,7 +485,7 @@ fn enter(folder: &OwnedFd) -> Result<(), Errno> {
 }
 
 /// The name of an open file in the agent's own `/proc`.
-fn fd_path(fd: &OwnedFd) -> String {
+pub(super) fn fd_path(fd: &OwnedFd) -> String {
     use std::os::fd::AsRawFd;
     format!("proc/self/fd/{}", fd.as_raw_fd())
 }

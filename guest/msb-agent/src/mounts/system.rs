@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::System;
-use super::apply::{self, Doing, FileSystem, MountError, is_mount_root};
+use super::apply::{self, Doing, FileSystem, MountError, fd_path, is_mount_root};
 use super::target::{self, Kind};
 use crate::sys;
 
@@ -170,4 +170,27 @@ fn is_in_use(root: &OwnedFd, path: &str) -> bool {
     };
     let is_entry = |entry: &fs::DirEntry| !matches!(entry.file_name().to_bytes(), b"." | b"..");
     fs::Dir::new(folder).is_ok_and(|entries| entries.flatten().any(|entry| is_entry(&entry)))
+}
+
+/// Refuses what a running guest cannot do without as a mount point. Its image or its user may have
+/// made a link that leads there, which only the guest sees.
+pub(super) fn check_free(root: &OwnedFd, target: &str) -> Result<(), MountError> {
+    let point = match target::resolve(root.as_fd(), target) {
+        Err(Errno::NOENT) => return Ok(()),
+        point => point.doing("cannot reach the mount point")?,
+    };
+    if is_mount_root(&point).doing("cannot look at the mount point")? {
+        return Err(MountError::Plan("something is mounted there already"));
+    }
+    let path = fs::readlinkat(CWD, fd_path(&point), vec![]).doing("name the mount point")?;
+    let own = ["/proc", "/sys", "/dev"].iter().any(|place| {
+        let rest = path.to_bytes().strip_prefix(place.as_bytes());
+        rest.is_some_and(|rest| rest.first().is_none_or(|byte| *byte == b'/'))
+    });
+    if own {
+        return Err(MountError::Plan(
+            "the path leads into a place of the system",
+        ));
+    }
+    Ok(())
 }

@@ -439,7 +439,6 @@ fn size(size: Option<Size>) -> Option<Mebibytes> {
 }
 
 impl MountFlags {
-    /// The mounts that these flags ask for; relative host paths are taken from `cwd`.
     pub(crate) fn specs(&self, cwd: &Path) -> Result<Vec<MountSpec>, Error> {
         let flags = [
             (MountFlag::Volume, &self.volume),
