@@ -5,6 +5,8 @@ use std::io::{ErrorKind, Read};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use super::superblock::{self, Content, PROBE_LEN};
 
 const DISKS: &str = "sys/block";
@@ -28,8 +30,20 @@ pub(crate) enum DiskError {
 
 /// The kernel's name of the disk, such as `vda`.
 pub(crate) fn find(serial: &str) -> Result<String, DiskError> {
-    wait_for(|| look(Path::new(DISKS), serial).transpose())
-        .unwrap_or_else(|| Err(DiskError::Absent(serial.into())))
+    wait_for(|| {
+        let found = look(Path::new(DISKS), serial).transpose()?;
+        found.map(|name| opens(&name).then_some(name)).transpose()
+    })
+    .unwrap_or_else(|| Err(DiskError::Absent(serial.into())))
+}
+
+/// Whether a disk that is seen can be used as well: one that is just coming is seen first.
+fn opens(name: &str) -> bool {
+    let opened = File::open(format!("dev/{name}"));
+    !opened.is_err_and(|error| {
+        error.kind() == ErrorKind::NotFound
+            || error.raw_os_error() == Some(Errno::NXIO.raw_os_error())
+    })
 }
 
 /// Asks again and again for a device that may just be on its way.
