@@ -11,7 +11,7 @@ use msb_protocol::{Decoder, Frame, FrameError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
 /// What ends a connection.
@@ -36,14 +36,22 @@ pub(crate) struct FrameReader {
 #[derive(Debug, Clone)]
 pub(crate) struct FrameSender {
     queue: mpsc::UnboundedSender<Frame>,
-    pending: Arc<AtomicUsize>,
+    pending: Arc<Pending>,
+}
+
+/// What was queued and is not written yet.
+#[derive(Debug, Default)]
+struct Pending {
+    bytes: AtomicUsize,
+    frames: AtomicUsize,
+    written: Notify,
 }
 
 /// Cuts a connection in two. The task writes what is queued until every sender is gone.
 pub(crate) fn split(stream: UnixStream) -> (FrameReader, FrameSender, JoinHandle<()>) {
     let (read, write) = stream.into_split();
     let (queue, frames) = mpsc::unbounded_channel();
-    let pending = Arc::new(AtomicUsize::new(0));
+    let pending = Arc::new(Pending::default());
     let writer = tokio::spawn(write_all(write, frames, Arc::clone(&pending)));
     let reader = FrameReader {
         stream: read,
@@ -76,9 +84,14 @@ impl FrameReader {
 impl FrameSender {
     /// Queues a frame; a connection that is gone takes it as well.
     pub(crate) fn send(&self, frame: Frame) {
-        self.pending
+        let pending = &self.pending;
+        pending
+            .bytes
             .fetch_add(frame.payload.len(), Ordering::Relaxed);
-        let _ = self.queue.send(frame);
+        pending.frames.fetch_add(1, Ordering::Relaxed);
+        if self.queue.send(frame).is_err() {
+            pending.frames.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// Queues a message on a channel.
@@ -91,20 +104,64 @@ impl FrameSender {
 
     /// How many bytes wait to be written.
     pub(crate) fn backlog(&self) -> usize {
-        self.pending.load(Ordering::Relaxed)
+        self.pending.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Waits until everything that was queued is written, or the connection is gone.
+    pub(crate) async fn flushed(&self) {
+        loop {
+            let written = self.pending.written.notified();
+            if self.pending.frames.load(Ordering::Acquire) == 0 || self.queue.is_closed() {
+                return;
+            }
+            written.await;
+        }
     }
 }
 
 async fn write_all(
     mut stream: OwnedWriteHalf,
     mut queue: mpsc::UnboundedReceiver<Frame>,
-    pending: Arc<AtomicUsize>,
+    pending: Arc<Pending>,
 ) {
     while let Some(frame) = queue.recv().await {
         if stream.write_all(&frame.encode()).await.is_err() {
+            queue.close();
+            pending.written.notify_waiters();
             return;
         }
-        pending.fetch_sub(frame.payload.len(), Ordering::Relaxed);
+        pending
+            .bytes
+            .fetch_sub(frame.payload.len(), Ordering::Relaxed);
+        pending.frames.fetch_sub(1, Ordering::Release);
+        pending.written.notify_waiters();
     }
     let _ = stream.shutdown().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn flushed_means_that_the_other_side_can_read_it() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (_reader, sender, _writer) = split(near);
+        for _ in 0..3 {
+            sender.message(7, &"as little as this");
+        }
+        sender.flushed().await;
+        assert_eq!(sender.backlog(), 0);
+        let mut bytes = vec![0; 4096];
+        assert!(far.try_read(&mut bytes).unwrap() > 3 * "as little as this".len());
+
+        drop(far);
+        for _ in 0..64 {
+            sender.message(7, &"x".repeat(60_000));
+        }
+        let gone = tokio::time::timeout(Duration::from_secs(5), sender.flushed()).await;
+        assert!(gone.is_ok(), "it waits for a connection that is gone");
+    }
 }

@@ -295,11 +295,13 @@ impl ExecHandle {
     }
 
     /// Leaves it running without anybody who waits for it; its output goes to the sandbox's log.
-    pub fn detach(mut self) {
+    /// The caller's process may end as soon as this has.
+    pub async fn detach(mut self) {
         self.client.tell(&ToSupervisor::Detach {
             channel: self.channel,
         });
         self.done = true;
+        self.client.sender().flushed().await;
     }
 
     fn event(&mut self, frame: Frame) -> MicrosandboxResult<Option<ExecEvent>> {

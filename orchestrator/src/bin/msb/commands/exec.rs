@@ -48,7 +48,7 @@ pub(super) async fn exec(args: &Exec) -> Result<ExitCode, Error> {
     }
     let handle = sandbox.exec_with(options)?;
     if args.detach {
-        handle.detach();
+        handle.detach().await;
         return Ok(ExitCode::SUCCESS);
     }
     let control = handle.control();

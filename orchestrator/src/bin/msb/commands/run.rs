@@ -32,7 +32,7 @@ pub(super) async fn run(args: &Run) -> Result<ExitCode, Error> {
     let options = options(argv, terminal)?;
     if args.detach {
         if !args.command.is_empty() {
-            sandbox.exec_with(options)?.detach();
+            sandbox.exec_with(options)?.detach().await;
         }
         if !args.quiet {
             output::print(&format!("{}\n", sandbox.name()))?;
