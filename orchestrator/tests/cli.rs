@@ -610,9 +610,64 @@ fn volumes_are_managed_from_the_shell() {
     let table = scratch.must(&["volume", "ls"]);
     assert!(table.starts_with("NAME   KIND   SIZE"), "{table}");
 
+    for (filters, names) in [
+        (&["kind=disk"][..], "c\n"),
+        (&["label=team"], "a\n"),
+        (&["label=team=y"], ""),
+        (&["name=b", "name=c", "kind=dir"], "b\n"),
+        (&["dangling=false"], ""),
+    ] {
+        let filters = filters.iter().flat_map(|filter| ["--filter", *filter]);
+        let args: Vec<_> = ["volume", "ls", "-q"].into_iter().chain(filters).collect();
+        assert_eq!(scratch.must(&args), names, "{args:?}");
+    }
+    let wrong = scratch.msb(&["volume", "ls", "--filter", "size=1"]);
+    assert_eq!(wrong.status.code(), Some(2));
+
     let partly = scratch.msb(&["volume", "rm", "a", "none", "c"]);
     assert_eq!(partly.status.code(), Some(1));
     assert_eq!(scratch.must(&["volume", "ls", "-q"]), "b\n");
+}
+
+#[test]
+fn what_nobody_mounts_is_pruned_when_that_is_agreed() {
+    let scratch = Scratch::new();
+    for name in ["a", "b", "kept"] {
+        let label = format!("for={name}");
+        scratch.must(&["volume", "create", name, "--label", &label]);
+    }
+    let asked = scratch.msb(&["volume", "prune"]);
+    let said = String::from_utf8_lossy(&asked.stderr);
+    assert_eq!(asked.status.code(), Some(1));
+    assert!(said.contains("--force"), "{said}");
+    assert_eq!(scratch.must(&["volume", "ls", "-q"]).lines().count(), 3);
+    scratch.must(&["volume", "prune", "-f", "--filter", "label=for=a"]);
+    assert_eq!(scratch.must(&["volume", "ls", "-q"]).lines().count(), 2);
+    // A sandbox that does not run still counts.
+    let spec = microsandbox::Sandbox::builder("box")
+        .image("/rootfs")
+        .volume("/x", |v| v.named("kept"))
+        .build()
+        .unwrap();
+    let sandbox = scratch.path("home/sandboxes/box");
+    fs::create_dir_all(&sandbox).unwrap();
+    fs::write(sandbox.join("lock"), "").unwrap();
+    let spec = serde_json::to_vec(&spec).unwrap();
+    fs::write(sandbox.join("spec.json"), spec).unwrap();
+    scratch.must(&["volume", "prune", "-f", "-q"]);
+    assert_eq!(scratch.must(&["volume", "ls", "-q"]), "kept\n");
+    for (filter, names) in [
+        ("volume=kept", "box\n"),
+        ("volume=other", ""),
+        ("status=created", "box\n"),
+        ("status=running", ""),
+        ("image=/rootfs", "box\n"),
+    ] {
+        let listed = scratch.must(&["ls", "-q", "--filter", filter]);
+        assert_eq!(listed, names, "{filter}");
+    }
+    let nothing = scratch.msb(&["volume", "prune"]);
+    assert_eq!(nothing.status.code(), Some(0));
 }
 
 #[test]

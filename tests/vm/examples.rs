@@ -225,3 +225,121 @@ fn everything_combined() -> Result<()> {
     typed(&msb, "msb rm -f full")?;
     Ok(())
 }
+
+/// Every flag of the documents' table with every option that it takes, and what `/proc/mounts` must
+/// show for it.
+const FLAGS: &[(&str, &str, &str, &str)] = &[
+    ("--mount-dir", "./rw:/o/dir-rw:rw", "/o/dir-rw", "rw"),
+    (
+        "--mount-dir",
+        "./ro:/o/dir:ro,noexec,nosuid,nodev",
+        "/o/dir",
+        "ro,noexec,nosuid,nodev",
+    ),
+    (
+        "--mount-dir",
+        "./mirror:/o/mirror:stat-virt=strict,host-perms=mirror",
+        "/o/mirror",
+        "rw",
+    ),
+    (
+        "--mount-dir",
+        "./private:/o/private:host-perms=private",
+        "/o/private",
+        "rw",
+    ),
+    (
+        "-v",
+        "./off:/o/off:stat-virt=off,nosuid",
+        "/o/off",
+        "rw,nosuid",
+    ),
+    (
+        "--mount-file",
+        "./config.toml:/o/file:rw,noexec,nosuid,nodev,stat-virt=relaxed,host-perms=private",
+        "/o/file",
+        "rw,noexec,nosuid,nodev",
+    ),
+    (
+        "--mount-named",
+        "limited:/o/limited:rw,kind=dir,quota=16M,noexec,nosuid,nodev,stat-virt=strict,host-perms=mirror",
+        "/o/limited",
+        "rw,noexec,nosuid,nodev",
+    ),
+    (
+        "--mount-named",
+        "block:/o/block:kind=disk,size=8M,ro,noexec,nosuid,nodev",
+        "/o/block",
+        "ro,noexec,nosuid,nodev",
+    ),
+    (
+        "--mount-disk",
+        "./seed.raw:/o/image:rw,noexec,nosuid,nodev,format=raw,fstype=ext4",
+        "/o/image",
+        "rw,noexec,nosuid,nodev",
+    ),
+    (
+        "--tmpfs",
+        "/o/tmp:8M:rw,noexec,nosuid,nodev",
+        "/o/tmp",
+        "rw,noexec,nosuid,nodev",
+    ),
+    (
+        "--tmpfs",
+        "/o/small:size=4M,ro",
+        "/o/small",
+        "ro,size=4096k",
+    ),
+];
+
+#[test]
+fn every_option_of_every_flag() -> Result<()> {
+    let msb = documents()?;
+    for folder in ["rw", "ro", "mirror", "private", "off"] {
+        msb.dir(folder)?;
+    }
+    let mut args = vec!["create", "alpine", "--name", "all"];
+    args.extend(FLAGS.iter().flat_map(|(flag, mount, ..)| [*flag, *mount]));
+    let said = msb.msb(args)?;
+    ensure!(said.code == 0, "{said:?}");
+    for (flag, mount, target, wanted) in FLAGS {
+        let shown = msb.exec("all", &format!("{OPTIONS} options {target}"))?.out;
+        let options: Vec<&str> = shown.trim().split([' ', ',']).collect();
+        for option in wanted.split(',') {
+            ensure!(options.contains(&option), "{flag} {mount}: {shown}");
+        }
+        for option in ["noexec", "nosuid", "nodev"] {
+            ensure!(
+                wanted.contains(option) || !options.contains(&option),
+                "{flag} {mount}: {shown}"
+            );
+        }
+    }
+    // What the guest says of a file, and what the host then sees of it.
+    let said = msb.exec(
+        "all",
+        "for d in mirror private off limited; do
+             touch /o/$d/f && chown 7:8 /o/$d/f && chmod 751 /o/$d/f && stat -c '%u:%g %a' /o/$d/f
+         done; df -m /o/limited /o/block | awk 'NR > 1 {print ($2 <= 16)}'",
+    )?;
+    // In `off` the host's own rights decide: a share's owner gives nothing away.
+    let of_guest = "7:8 751\n";
+    ensure!(said.out.starts_with(&of_guest.repeat(2)), "{said:?}");
+    ensure!(said.out.ends_with(&format!("{of_guest}1\n1\n")), "{said:?}");
+    let mode = |path: &str| -> Result<u32> {
+        Ok(fs::metadata(msb.path(path))
+            .context(path.to_owned())?
+            .mode()
+            & 0o777)
+    };
+    assert_eq!(mode("mirror/f")? & 0o700, 0o700, "mirror");
+    assert_eq!(mode("mirror/f")?, 0o751, "mirror");
+    assert_eq!(mode("private/f")?, 0o600, "private");
+    ensure!(
+        fs::metadata(msb.path("private/f"))?.uid() != 7,
+        "the owner is only recorded"
+    );
+    let removed = msb.msb(["rm", "-f", "all"])?;
+    ensure!(removed.code == 0, "{removed:?}");
+    Ok(())
+}

@@ -183,15 +183,21 @@ impl Kills {
         self.settle()?;
 
         // The one command.
-        let listed: Value = serde_json::from_str(&self.must(&["ls", "--format", "json"])?)?;
-        let status = listed[0]["status"].as_str().map(str::to_owned);
+        let status = self.status()?;
         let found = format!("after {delay:?}, {killed} killed: {status:?}");
         self.nothing_is_left_soon(status.as_deref(), verb)
             .context(found.clone())?;
         // What is left can be used.
         match status.as_deref() {
             Some("running") => {
-                self.must(&["exec", "box", "--", "true"])?;
+                let said = self.run(&["exec", "box", "--", "true"])?;
+                // The supervisor may be about to notice that a part is missing: then it says so,
+                // and what is typed next finds it stopped.
+                if matches!(victim, Victim::Part) && said.err.contains("killed by signal 9") {
+                    self.must(&["exec", "box", "--", "true"])?;
+                } else {
+                    ensure!(said.code == 0, "exec: {said:?}");
+                }
             }
             Some(_) => {
                 self.must(&["start", "box"])?;
@@ -246,6 +252,16 @@ impl Kills {
             // It may have ended by now.
             let _ = kill_process(Pid::from_raw(*pid).context("pid")?, Signal::KILL);
         }
+        // On a busy machine a process that was killed can be met for a while.
+        let is_there = |pid: &i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline"));
+            line.is_ok_and(|line| !line.is_empty())
+        };
+        let deadline = Instant::now() + SETTLE;
+        while pids.iter().any(is_there) {
+            ensure!(Instant::now() < deadline, "{pids:?} survive SIGKILL");
+            sleep(Duration::from_millis(1));
+        }
         Ok(pids.len())
     }
 
@@ -266,6 +282,20 @@ impl Kills {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "these do not end: {processes:?}");
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// What is listed, once a supervisor that lives has begun or ended what it was told.
+    fn status(&self) -> Result<Option<String>> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let listed: Value = serde_json::from_str(&self.must(&["ls", "--format", "json"])?)?;
+            let status = listed[0]["status"].as_str().map(str::to_owned);
+            let passing = matches!(status.as_deref(), Some("starting" | "stopping"));
+            if !passing || Instant::now() > deadline {
+                return Ok(status);
+            }
             sleep(Duration::from_millis(20));
         }
     }

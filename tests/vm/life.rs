@@ -1,6 +1,7 @@
 //! One sandbox through its life: commands, terminal, copies, sizes, logs, restart; two on a quota.
 
 use std::fs;
+use std::io::BufRead;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Stdio;
 
@@ -39,6 +40,7 @@ fn a_sandbox_lives_through_everything() -> Result<()> {
     copies(&msb)?;
     hostile_copies(&msb)?;
     listings(&msb)?;
+    progress(&msb)?;
     restarted_elsewhere(&msb)?;
     // Gone with its root disk; volumes stay.
     let removed = msb.msb(["rm", "-f", "life"])?;
@@ -308,10 +310,86 @@ fn logs(msb: &Msb) -> Result<()> {
         }
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
-    let log = msb.msb(["logs", "--tail", "2", "life"])?;
+    let log = |args: &[&str]| -> Result<Said> {
+        let said = msb.msb([&["logs", "life"], args].concat())?;
+        ensure!(said.code == 0, "logs {args:?}: {said:?}");
+        Ok(said)
+    };
+    // What was printed where is printed there.
+    let both = log(&[])?;
     ensure!(
-        log.code == 0 && log.out.lines().count() == 2 && log.out.contains("three"),
-        "{log:?}"
+        both.out == "one\ntwo\n" && both.err == "three\n",
+        "{both:?}"
+    );
+    for (args, out) in [
+        (&["--tail", "2", "--source", "stdout"][..], "one\ntwo\n"),
+        (&["-n", "1", "--source", "stdout"], "two\n"),
+        (&["--tail", "all", "--grep", "ne"], "one\n"),
+        (&["--since", "1h", "--until", "1m"], ""),
+        (&["--since", "2020-01-01", "--grep", "t"], "two\n"),
+        (&["--source", "stderr"], ""),
+    ] {
+        let said = log(args)?;
+        ensure!(said.out == out, "logs {args:?}: {said:?}");
+    }
+    let timed = log(&["-t", "--grep", "one"])?.out;
+    let (time, line) = timed.split_once(' ').context("no time")?;
+    ensure!(
+        time.len() == 24 && time.ends_with('Z') && line == "one\n",
+        "{timed}"
+    );
+    // The time that it shows is one that it takes.
+    ensure!(
+        log(&["--since", time, "--grep", "one"])?.out == "one\n",
+        "{time}"
+    );
+    ensure!(
+        log(&["--until", time, "--grep", "one"])?.out.is_empty(),
+        "{time}"
+    );
+    let rows = log(&["--format", "json", "--source", "stderr"])?.out;
+    let row: Value = serde_json::from_str(&rows)?;
+    ensure!(row["source"] == "stderr" && row["line"] == "three", "{row}");
+    let system = log(&["--source", "system", "--timestamps"])?.out;
+    ensure!(
+        system.contains("Linux version") && system.contains("its jail holds"),
+        "{system}"
+    );
+    // Followed while it runs.
+    let mut follow = msb.command(["logs", "-f", "--tail", "0", "life"]);
+    let mut follow = follow.stdout(Stdio::piped()).spawn()?;
+    let line = "sleep 1; printf half; sleep 1; echo ' way'";
+    msb.msb(["exec", "-d", "life", "--", "sh", "-c", line])?;
+    let mut heard = String::new();
+    std::io::BufReader::new(follow.stdout.take().context("no output")?).read_line(&mut heard)?;
+    follow.kill()?;
+    follow.wait()?;
+    ensure!(heard == "half way\n", "{heard}");
+    Ok(())
+}
+
+/// On a terminal, and there alone, it is said what takes long.
+fn progress(msb: &Msb) -> Result<()> {
+    ensure!(msb.msb(["stop", "life"])?.code == 0, "it does not stop");
+    let mut start = msb.command(["start", "life"]);
+    let line = std::iter::once(start.get_program()).chain(start.get_args());
+    let line: Vec<_> = line.map(|word| word.to_string_lossy()).collect();
+    let mut shown = std::process::Command::new("script");
+    shown.args(["-qfec", &line.join(" "), "/dev/null"]);
+    for (name, value) in start.stdin(Stdio::null()).get_envs() {
+        if let Some(value) = value {
+            shown.env(name, value);
+        }
+    }
+    let shown = said(&shown.stdin(Stdio::null()).output()?)?;
+    ensure!(
+        shown.code == 0 && shown.out.contains("booting") && shown.out.contains("Started life"),
+        "{shown:?}"
+    );
+    let again = msb.msb(["restart", "life"])?;
+    ensure!(
+        again.code == 0 && !again.err.contains("booting"),
+        "{again:?}"
     );
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! wrote; what it says about running processes is believed only while the lock is held.
 
 mod file;
+mod log;
 mod sandbox;
 mod sweep;
 
@@ -18,6 +19,8 @@ use crate::spec::{SandboxName, SandboxSpec};
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
 pub(crate) use file::{make_dir, millis, read_json, short_hash, sync_dir, write_json, write_once};
+pub use log::{Record, Stream};
+pub(crate) use log::{append as append_log, rfc3339};
 pub use sandbox::{Making, SandboxDir, SandboxLock, SandboxState, Status};
 pub(crate) use sweep::{drafting, remove_drafts};
 

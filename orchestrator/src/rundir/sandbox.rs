@@ -126,7 +126,7 @@ impl SandboxDir {
         self.path.join("console.log")
     }
 
-    /// What commands printed that nobody waited for.
+    /// What commands printed that nobody waited for, as [`Record`](super::Record)s.
     pub fn output_log(&self) -> PathBuf {
         self.path.join("output.log")
     }

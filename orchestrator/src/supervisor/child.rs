@@ -6,13 +6,14 @@ use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::ChildStderr;
 use tokio::sync::{mpsc, watch};
 
+use crate::rundir::{millis, rfc3339};
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
 /// How many of its last lines are kept.
@@ -163,7 +164,8 @@ async fn listen(stderr: ChildStderr, name: &str, mut log: File, said: &Mutex<Vec
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end();
         // A full disk must not stop the sandbox.
-        let _ = writeln!(log, "[{name}] {text}");
+        let now = rfc3339(millis(SystemTime::now()));
+        let _ = writeln!(log, "{now} [{name}] {text}");
         let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
         if said.len() >= LINES {
             said.pop_front();

@@ -6,22 +6,21 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use msb_protocol::{Channel, Frame, FromAgent, Kind, ToAgent};
 use tokio::net::UnixStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::boot::{Link, Parts};
 use super::control::{Failure, FromSupervisor, ToSupervisor};
 use super::plug::Changes;
 use super::{Owner, Sandbox};
 use crate::agent::{self, FrameReader, FrameSender};
-use crate::rundir::Status;
+use crate::rundir::{Status, Stream, append_log, millis};
 use crate::{Error, ErrorKind};
 
 /// How far a client may be behind, in bytes, before it is cut off.
@@ -171,6 +170,10 @@ pub(super) async fn serve(
     if hub.stopping.is_none() {
         hub.sandbox.record(Status::Stopping);
     }
+    // Who has connected meanwhile is told how it ended, as all others are.
+    while let Ok(Ok((stream, _))) = timeout(Duration::ZERO, control.accept()).await {
+        hub.accept(stream);
+    }
     let error = match error {
         Some(error) => Some(settle(parts, &mut ends, error).await),
         None => None,
@@ -185,7 +188,7 @@ async fn settle(parts: &Parts, ends: &mut mpsc::UnboundedReceiver<usize>, error:
         {
         }
     };
-    let _ = tokio::time::timeout(Duration::from_millis(300), cause).await;
+    let _ = timeout(Duration::from_millis(300), cause).await;
     parts.broken().unwrap_or(error)
 }
 
@@ -377,8 +380,11 @@ impl Hub<'_> {
                     self.part_with(number);
                 }
             }
-            None if matches!(frame.kind, Kind::Stdout | Kind::Stderr) => self.log(&frame.payload),
-            None => {}
+            None => match frame.kind {
+                Kind::Stdout => self.log(Stream::Stdout, &frame.payload),
+                Kind::Stderr => self.log(Stream::Stderr, &frame.payload),
+                _ => {}
+            },
         }
         if over {
             self.commands.remove(&channel);
@@ -387,14 +393,14 @@ impl Hub<'_> {
     }
 
     /// Keeps the output of detached commands.
-    fn log(&mut self, output: &[u8]) {
+    fn log(&mut self, stream: Stream, output: &[u8]) {
         if self.output.is_none() {
             let path = self.sandbox.dir.output_log();
             self.output = File::options().create(true).append(true).open(path).ok();
         }
         if let Some(log) = &mut self.output {
             // A full disk must not stop the command.
-            let _ = log.write_all(output);
+            let _ = append_log(log, stream, output, millis(SystemTime::now()));
         }
     }
 

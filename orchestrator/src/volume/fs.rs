@@ -20,7 +20,9 @@ const CHUNK: usize = 64 << 10;
 ///
 /// Paths are taken from the root of the volume, with or without a leading `/`. `..` and symbolic
 /// links may be used as long as they stay inside; whatever leads out of the volume fails with
-/// [`ErrorKind::PathEscape`](crate::ErrorKind::PathEscape), also while a guest changes it.
+/// [`ErrorKind::PathEscape`](crate::ErrorKind::PathEscape), also while a guest changes it. An absolute
+/// link stays inside when it begins with the path of the volume on this host; one that a guest made
+/// means a path of the guest, which nobody here knows, and leads out.
 ///
 /// Of a disk volume this is the folder that holds `disk.raw`, not the file system on the disk.
 ///

@@ -1,14 +1,15 @@
 //! File operations inside a volume that cannot be led out of it, also while a guest changes it.
 //!
 //! Every path is resolved by the kernel below one descriptor (`openat2`, `RESOLVE_BENEATH`), in the
-//! same step that opens it. Nothing is checked first and used later.
+//! same step that opens it. Nothing is checked first and used later. An absolute symbolic link that
+//! names the host's place of the volume is rewritten to a path below the descriptor first.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -22,9 +23,16 @@ const ATTEMPTS: usize = 64;
 const FILE_MODE: Mode = Mode::from_raw_mode(0o644);
 const DIR_MODE: Mode = Mode::from_raw_mode(0o755);
 
+/// How many symbolic links are followed on the way, as by the kernel.
+const LINKS: usize = 40;
+
 /// The pinned root directory of a volume.
 #[derive(Debug)]
-pub(super) struct Root(OwnedFd);
+pub(super) struct Root {
+    fd: OwnedFd,
+    /// Where the host sees it: what an absolute link inside may begin with.
+    places: Vec<PathBuf>,
+}
 
 /// The last name of a path, and the directory that it lies in.
 struct Entry {
@@ -36,7 +44,14 @@ impl Root {
     pub(super) fn open(folder: &Path) -> MicrosandboxResult<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::open(folder, flags, Mode::empty()) {
-            Ok(fd) => Ok(Self(fd)),
+            Ok(fd) => {
+                let now = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+                let places = std::iter::once(folder.to_owned()).chain(now.ok());
+                Ok(Self {
+                    places: places.collect(),
+                    fd,
+                })
+            }
             Err(Errno::NOENT) => {
                 let message = format!("there is no volume at `{}`", folder.display());
                 Err(Error::new(ErrorKind::VolumeNotFound, message))
@@ -193,11 +208,56 @@ impl Root {
     }
 
     fn resolve_with(&self, path: &str, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+        let mut path = relative(path).to_owned();
+        for _ in 0..=LINKS {
+            match self.beneath(&path, flags, mode) {
+                // To the kernel every absolute link leads out.
+                Err(Errno::XDEV) => path = self.relinked(&path).ok_or(Errno::XDEV)?,
+                done => return done,
+            }
+        }
+        Err(Errno::LOOP)
+    }
+
+    /// The path with its first symbolic link replaced by what that stands for, if it stands for
+    /// something in this volume. Nothing is opened by what is found here: the kernel resolves the
+    /// new path as it did the old one, whatever has changed meanwhile.
+    fn relinked(&self, path: &str) -> Option<String> {
+        let parts: Vec<&str> = path
+            .split('/')
+            .filter(|part| !matches!(*part, "" | "."))
+            .collect();
+        for (number, part) in parts.iter().enumerate() {
+            let way = parts.get(..number)?.join("/");
+            let flags = OFlags::PATH | OFlags::NOFOLLOW;
+            let found = self.beneath(relative(&format!("{way}/{part}")), flags, Mode::empty());
+            let found = found.ok()?;
+            let stat = rustix::fs::fstat(&found).ok()?;
+            if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
+                continue;
+            }
+            let target = rustix::fs::readlinkat(&found, "", Vec::new()).ok()?;
+            let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+            let inside = if target.is_absolute() {
+                let mut inside = self.places.iter();
+                inside
+                    .find_map(|place| target.strip_prefix(place).ok())?
+                    .to_owned()
+            } else {
+                Path::new(&way).join(target)
+            };
+            let rest = parts.get(number + 1..)?.join("/");
+            let whole = format!("{}/{rest}", inside.to_str()?);
+            return Some(relative(&whole).to_owned());
+        }
+        None
+    }
+
+    fn beneath(&self, path: &str, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         let flags = flags | OFlags::CLOEXEC;
-        let path = relative(path);
         for _ in 0..ATTEMPTS {
-            match rustix::fs::openat2(&self.0, path, flags, mode, resolve) {
+            match rustix::fs::openat2(&self.fd, path, flags, mode, resolve) {
                 // The kernel could not rule out an escape, because of a rename meanwhile.
                 Err(Errno::AGAIN) => {}
                 done => return done,
@@ -251,7 +311,6 @@ fn failed(verb: &str, path: &str, errno: Errno) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::io::{Read, Write};
     use std::os::unix::fs::symlink;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -355,6 +414,27 @@ mod tests {
         symlink("../real", dir.path().join("vol/real/back")).unwrap();
         symlink("real", dir.path().join("vol/link")).unwrap();
         assert_eq!(text(root, "link/back/file").unwrap(), "text");
+        // Also by the path that the host has for the volume.
+        let inside = dir.path().join("vol");
+        symlink(inside.join("real"), inside.join("absolute")).unwrap();
+        symlink("absolute", inside.join("to-absolute")).unwrap();
+        symlink(&inside, inside.join("whole")).unwrap();
+        for path in [
+            "absolute/file",
+            "to-absolute/back/file",
+            "whole/whole/link/file",
+        ] {
+            assert_eq!(text(root, path).unwrap(), "text", "{path}");
+        }
+        write(root, "whole/absolute/new", "new").unwrap();
+        assert_eq!(fs::read(inside.join("real/new")).unwrap(), b"new");
+        symlink(inside.join("../vol-secret"), inside.join("back-out")).unwrap();
+        assert_eq!(
+            text(root, "back-out/canary").unwrap_err().kind(),
+            ErrorKind::PathEscape
+        );
+        symlink(inside.join("round"), inside.join("round")).unwrap();
+        assert_eq!(text(root, "round").unwrap_err().kind(), ErrorKind::Io);
         symlink("loop", dir.path().join("vol/loop")).unwrap();
         assert_eq!(text(root, "loop").unwrap_err().kind(), ErrorKind::Io);
     }
@@ -388,11 +468,20 @@ mod tests {
 
     #[test]
     fn a_guest_that_swaps_a_directory_for_a_link_gains_nothing() {
+        swapped_for(|_| "../vol-secret".into());
+        // Links that are rewritten, of which one leads back.
+        swapped_for(|inside| inside.join("../vol-secret"));
+        swapped_for(|inside| inside.join("other"));
+    }
+
+    fn swapped_for(target: fn(&Path) -> PathBuf) {
         let Scratch { dir, root } = &scratch();
         let inside = dir.path().join("vol");
-        fs::create_dir(inside.join("real")).unwrap();
-        fs::write(inside.join("real/canary"), "mine").unwrap();
-        symlink("../vol-secret", inside.join("link")).unwrap();
+        for folder in ["real", "other"] {
+            fs::create_dir(inside.join(folder)).unwrap();
+            fs::write(inside.join(folder).join("canary"), "mine").unwrap();
+        }
+        symlink(target(&inside), inside.join("link")).unwrap();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -403,7 +492,7 @@ mod tests {
                     rustix::fs::renameat_with(at, &here, at, &there, flags).unwrap();
                 }
             });
-            for _ in 0..3_000 {
+            for _ in 0..2_000 {
                 if let Ok(text) = text(root, "real/canary") {
                     assert_eq!(text, "mine");
                 }

@@ -76,6 +76,14 @@ pub(crate) fn json(value: &impl Serialize) -> Result<(), Error> {
     print(&format!("{text}\n"))
 }
 
+/// Prints a value as one line of JSON.
+pub(crate) fn json_line(value: &impl Serialize) -> Result<(), Error> {
+    let text = serde_json::to_string(value).map_err(|error| {
+        Error::new(ErrorKind::Io, "cannot write the result as JSON").with_source(error)
+    })?;
+    print(&format!("{text}\n"))
+}
+
 /// A moment as programs read it (RFC 3339, in UTC).
 pub(crate) fn timestamp(time: SystemTime) -> String {
     humantime::format_rfc3339_seconds(time).to_string()

@@ -1,7 +1,9 @@
 //! What is shown on a terminal while something takes longer than a second.
 
 use std::io::{IsTerminal, stderr};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -11,47 +13,55 @@ const SILENCE: Duration = Duration::from_secs(1);
 /// One line that says what is being done, erased at the end.
 pub(crate) struct Progress {
     bar: ProgressBar,
-    since: Instant,
+    /// What shows the line once the silence is over, unless this ends first.
+    patience: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Progress {
     pub(crate) fn new(quiet: bool) -> Self {
         let bar = ProgressBar::hidden();
-        if !quiet && stderr().is_terminal() {
-            bar.enable_steady_tick(Duration::from_millis(100));
-        }
-        Self {
-            bar,
-            since: Instant::now(),
-        }
+        let wanted = !quiet && stderr().is_terminal();
+        let patience = wanted.then(|| {
+            let (over, ended) = channel::<()>();
+            let bar = bar.clone();
+            let shows = std::thread::spawn(move || {
+                if ended.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
+                    bar.set_draw_target(ProgressDrawTarget::stderr());
+                    bar.enable_steady_tick(Duration::from_millis(100));
+                }
+            });
+            (over, shows)
+        });
+        Self { bar, patience }
     }
 
     /// A new step begins.
     pub(crate) fn step(&self, step: &str) {
-        self.bar.set_message(step.to_owned());
         self.show("{spinner} {msg} {elapsed:.dim}");
+        self.bar.set_message(step.to_owned());
     }
 
     /// So many bytes are done.
     pub(crate) fn bytes(&self, done: u64, total: u64) {
+        self.show("{spinner} {bytes:>10} of {total_bytes} {wide_bar}");
         self.bar.set_length(total);
         self.bar.set_position(done);
-        self.show("{spinner} {bytes:>10} of {total_bytes} {wide_bar}");
     }
 
     fn show(&self, template: &str) {
-        let wanted = self.bar.is_hidden() && stderr().is_terminal();
-        if wanted && self.since.elapsed() >= SILENCE {
-            if let Ok(style) = ProgressStyle::with_template(template) {
-                self.bar.set_style(style);
-            }
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            self.bar.set_style(style);
         }
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
+        if let Some((over, shows)) = self.patience.take() {
+            drop(over);
+            // It only waits and shows.
+            let _ = shows.join();
+        }
         self.bar.finish_and_clear();
     }
 }

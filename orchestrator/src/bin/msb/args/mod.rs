@@ -1,6 +1,8 @@
 //! The command line as it was typed: every verb and its flags.
 
 mod conf;
+mod filter;
+mod logs;
 mod mount;
 mod sandbox;
 mod volume;
@@ -10,12 +12,14 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub(crate) use filter::{SandboxFilter, VolumeFilter, passes};
+pub(crate) use logs::{LogSource, Logs};
 pub(crate) use mount::{MountAdd, MountCommand, MountList, MountRemove};
 pub(crate) use sandbox::{
-    Create, Exec, ImageCommand, Inspect, Krun, LogSource, Logs, Processes, Remove, Restart, Run,
-    SandboxFlags, Sandboxes, Selection, Start, Stop, Supervise, Tied,
+    Create, Exec, ImageCommand, Inspect, Krun, Processes, Remove, Restart, Run, SandboxFlags,
+    Sandboxes, Selection, Start, Stop, Supervise, Tied,
 };
-pub(crate) use volume::{VolumeCommand, VolumeCreate, VolumeInspect, VolumeList, VolumeRemove};
+pub(crate) use volume::{VolumeCommand, VolumeCreate, VolumeInspect, VolumeList, VolumePrune};
 
 /// Runs sandboxes in microVMs and gives them storage.
 #[derive(Debug, Parser)]

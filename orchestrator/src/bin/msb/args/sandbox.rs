@@ -9,8 +9,8 @@ use microsandbox::spec::{self, ImageSource, MountFlag, MountSpec};
 use microsandbox::spec::{ProcessSpec, SandboxName, SandboxSpec};
 use microsandbox::{Accel, Error, ErrorKind, Mebibytes, SecurityProfile, VmmKind};
 
-use super::Format;
 use super::conf::{Conf, Size, read_mounts};
+use super::{Format, SandboxFilter};
 
 /// What describes a sandbox: shared by `run`, `create` and `plan`.
 #[derive(Debug, Args)]
@@ -247,6 +247,10 @@ pub(crate) struct Sandboxes {
     /// Those with this label
     #[arg(long = "label", value_name = "NAME=VALUE", value_parser = pair)]
     pub(crate) labels: Vec<(String, String)>,
+    /// Only those with this: name=PART, label=NAME[=VALUE], status=STATUS, image=IMAGE,
+    /// volume=NAME; may be repeated
+    #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = super::filter::sandbox)]
+    pub(crate) filters: Vec<SandboxFilter>,
     /// Print names only
     #[arg(short, long)]
     pub(crate) quiet: bool,
@@ -259,6 +263,10 @@ pub(crate) struct Processes {
     /// Stopped ones as well
     #[arg(short, long)]
     pub(crate) all: bool,
+    /// Only those with this: name=PART, label=NAME[=VALUE], status=STATUS, image=IMAGE,
+    /// volume=NAME; may be repeated
+    #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = super::filter::sandbox)]
+    pub(crate) filters: Vec<SandboxFilter>,
     /// Print names only
     #[arg(short, long)]
     pub(crate) quiet: bool,
@@ -276,30 +284,6 @@ pub(crate) struct Inspect {
     pub(crate) evidence: bool,
     #[command(flatten)]
     pub(crate) format: Format,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Logs {
-    /// Name of the sandbox
-    pub(crate) name: String,
-    /// Only the last lines
-    #[arg(long, value_name = "LINES")]
-    pub(crate) tail: Option<usize>,
-    /// Go on printing what comes
-    #[arg(short, long)]
-    pub(crate) follow: bool,
-    /// Which log: what the guest's console and the backends say, or what commands print
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) source: LogSource,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogSource {
-    /// Output of the sandbox's main command
-    #[default]
-    Output,
-    /// Console of the guest, backends and VMM
-    System,
 }
 
 #[derive(Debug, Subcommand)]

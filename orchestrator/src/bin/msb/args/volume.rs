@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand, ValueEnum};
 use microsandbox::{Mebibytes, VolumeKind};
 
-use super::Format;
+use super::{Format, VolumeFilter};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VolumeCommand {
@@ -17,6 +17,8 @@ pub(crate) enum VolumeCommand {
     /// Remove volumes and what they hold
     #[command(visible_alias = "remove")]
     Rm(VolumeRemove),
+    /// Remove every volume that no sandbox mounts, running or not, and what they hold
+    Prune(VolumePrune),
 }
 
 #[derive(Debug, Args)]
@@ -68,6 +70,10 @@ impl From<KindFlag> for VolumeKind {
 
 #[derive(Debug, Args)]
 pub(crate) struct VolumeList {
+    /// Only those with this: name=PART, label=NAME[=VALUE], kind=dir|disk, dangling=true|false
+    /// (mounted by no sandbox); may be repeated
+    #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = super::filter::volume)]
+    pub(crate) filters: Vec<VolumeFilter>,
     #[command(flatten)]
     pub(crate) format: Format,
     /// Print names only
@@ -81,6 +87,19 @@ pub(crate) struct VolumeInspect {
     pub(crate) name: String,
     #[command(flatten)]
     pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VolumePrune {
+    /// Only those with this, as for `ls`
+    #[arg(long = "filter", value_name = "KEY=VALUE", value_parser = super::filter::volume)]
+    pub(crate) filters: Vec<VolumeFilter>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Print nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
 }
 
 #[derive(Debug, Args)]

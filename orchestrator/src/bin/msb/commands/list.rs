@@ -9,7 +9,7 @@ use microsandbox::spec::{Access, ImageSource, MountSource, MountSpec, SandboxNam
 use microsandbox::{Error, ErrorKind, mend};
 use serde::Serialize;
 
-use crate::args::{Inspect, OutputFormat, Processes, Sandboxes};
+use crate::args::{Inspect, OutputFormat, Processes, SandboxFilter, Sandboxes, passes};
 use crate::output::{self, Table};
 
 /// One sandbox in `msb ls --format json`.
@@ -53,7 +53,8 @@ pub(super) fn ls(args: &Sandboxes) -> Result<ExitCode, Error> {
             .labels
             .iter()
             .all(|(key, value)| spec.labels.get(key) == Some(value));
-        if (args.running && !runs) || (args.stopped && runs) || !labelled {
+        let filtered = fits(&dir, &spec, state.status, &args.filters);
+        if (args.running && !runs) || (args.stopped && runs) || !labelled || !filtered {
             continue;
         }
         rows.push(Row {
@@ -84,7 +85,8 @@ pub(super) fn ls(args: &Sandboxes) -> Result<ExitCode, Error> {
 pub(super) fn ps(args: &Processes) -> Result<ExitCode, Error> {
     let mut rows = Vec::new();
     for (dir, spec, state) in all()? {
-        if !args.all && !is_up(state.status) {
+        let filtered = fits(&dir, &spec, state.status, &args.filters);
+        if (!args.all && !is_up(state.status)) || !filtered {
             continue;
         }
         let vmm = dir
@@ -341,6 +343,22 @@ fn all() -> Result<Vec<(SandboxDir, SandboxSpec, SandboxState)>, Error> {
         }
     }
     Ok(found)
+}
+
+/// Whether a sandbox is one of those that were asked for.
+fn fits(dir: &SandboxDir, spec: &SandboxSpec, status: Status, filters: &[SandboxFilter]) -> bool {
+    let is_label = |filter: &SandboxFilter| matches!(filter, SandboxFilter::Label(_));
+    passes(filters, is_label, |filter| {
+        match filter {
+        SandboxFilter::Name(part) => dir.name().as_str().contains(part),
+        SandboxFilter::Label(label) => label.fits(&spec.labels),
+        SandboxFilter::Status(wanted) => *wanted == status,
+        SandboxFilter::Image(wanted) => image(&spec.image) == *wanted,
+        SandboxFilter::Volume(wanted) => spec.mounts.iter().any(|mount| {
+            matches!(&mount.source, MountSource::Named { name, .. } if name.as_str() == wanted)
+        }),
+    }
+    })
 }
 
 fn is_up(status: Status) -> bool {

@@ -18,6 +18,7 @@ use microsandbox::supervisor::{become_tied, supervise};
 use microsandbox::vmm::{Reach, become_machine, probe};
 use microsandbox::{Error, ErrorKind};
 use tokio::runtime::Builder;
+use tracing::level_filters::LevelFilter;
 
 pub(crate) use list::mount_line;
 
@@ -26,6 +27,7 @@ use crate::{machine, mounts, output};
 
 /// Carries out a command line; whatever goes wrong is told on standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
+    start_log(&cli);
     let done = match cli.command {
         // These three are whole processes of their own, on their main thread.
         Command::Supervise(args) => supervise(&args.folder).map(|()| ExitCode::SUCCESS),
@@ -37,6 +39,27 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         output::error(&error);
         ExitCode::FAILURE
     })
+}
+
+/// What happens is told on standard error, which of a supervisor is its log.
+fn start_log(cli: &Cli) {
+    let supervises = matches!(cli.command, Command::Supervise(_));
+    let level = match &cli.log {
+        log if log.trace => LevelFilter::TRACE,
+        log if log.debug => LevelFilter::DEBUG,
+        log if log.info || supervises => LevelFilter::INFO,
+        _ => LevelFilter::WARN,
+    };
+    let log = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false);
+    if supervises {
+        log.init();
+    } else {
+        log.without_time().init();
+    }
 }
 
 fn tied(args: Tied) -> Result<ExitCode, Error> {

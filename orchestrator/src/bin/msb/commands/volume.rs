@@ -1,6 +1,7 @@
 //! `msb volume`: named volumes.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use microsandbox::rundir::Home;
@@ -8,9 +9,11 @@ use microsandbox::{Error, ErrorKind, Volume, VolumeHandle, VolumeKind, VolumeUse
 use serde::Serialize;
 
 use crate::args::{
-    OutputFormat, VolumeCommand, VolumeCreate, VolumeInspect, VolumeList, VolumeRemove,
+    OutputFormat, VolumeCommand, VolumeCreate, VolumeFilter, VolumeInspect, VolumeList,
+    VolumePrune, passes,
 };
 use crate::output::{self, Table};
+use crate::progress::Progress;
 
 /// A volume as programs read it.
 #[derive(Serialize)]
@@ -34,7 +37,8 @@ pub(crate) async fn volume(command: VolumeCommand) -> Result<ExitCode, Error> {
         VolumeCommand::Create(flags) => create(flags).await?,
         VolumeCommand::Ls(flags) => list(&flags).await?,
         VolumeCommand::Inspect(flags) => inspect(&flags).await?,
-        VolumeCommand::Rm(flags) => return remove(&flags).await,
+        VolumeCommand::Rm(flags) => return remove(&flags.names, flags.quiet).await,
+        VolumeCommand::Prune(flags) => return prune(&flags).await,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -66,7 +70,10 @@ async fn create(flags: VolumeCreate) -> Result<(), Error> {
     for (key, value) in flags.labels {
         builder = builder.label(key, value);
     }
+    let progress = Progress::new(flags.quiet);
+    progress.step("making the volume");
     let volume = builder.create().await?;
+    drop(progress);
     if flags.quiet {
         Ok(())
     } else {
@@ -74,12 +81,34 @@ async fn create(flags: VolumeCreate) -> Result<(), Error> {
     }
 }
 
-async fn list(flags: &VolumeList) -> Result<(), Error> {
-    let volumes = Volume::list().await?;
-    let uses: BTreeMap<String, Vec<VolumeUse>> = volume::uses(&Home::from_env()?)?
+/// Sandboxes by the volumes that they mount.
+type Uses = BTreeMap<String, Vec<VolumeUse>>;
+
+/// The volumes that were asked for.
+async fn select(filters: &[VolumeFilter]) -> Result<(Vec<VolumeHandle>, Uses), Error> {
+    let mut volumes = Volume::list().await?;
+    let uses: Uses = volume::uses(&Home::from_env()?)?
         .into_iter()
         .map(|(name, users)| (name.to_string(), users))
         .collect();
+    let is_label = |filter: &VolumeFilter| matches!(filter, VolumeFilter::Label(_));
+    volumes.retain(|volume| {
+        passes(filters, is_label, |filter| match filter {
+            VolumeFilter::Name(part) => volume.name().contains(part),
+            VolumeFilter::Label(label) => label.fits(volume.labels()),
+            VolumeFilter::Kind(kind) => volume.kind() == *kind,
+            VolumeFilter::Dangling(wanted) => is_dangling(volume, &uses) == *wanted,
+        })
+    });
+    Ok((volumes, uses))
+}
+
+fn is_dangling(volume: &VolumeHandle, uses: &Uses) -> bool {
+    uses.get(volume.name()).is_none_or(Vec::is_empty)
+}
+
+async fn list(flags: &VolumeList) -> Result<(), Error> {
+    let (volumes, uses) = select(&flags.filters).await?;
     if flags.quiet {
         let names: String = volumes
             .iter()
@@ -171,11 +200,54 @@ async fn inspect(flags: &VolumeInspect) -> Result<(), Error> {
     output::print(&text)
 }
 
-async fn remove(flags: &VolumeRemove) -> Result<ExitCode, Error> {
+async fn prune(flags: &VolumePrune) -> Result<ExitCode, Error> {
+    let (mut volumes, uses) = select(&flags.filters).await?;
+    volumes.retain(|volume| is_dangling(volume, &uses));
+    if volumes.is_empty() {
+        if !flags.quiet {
+            output::say("There is nothing to remove.");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let names: Vec<String> = volumes
+        .iter()
+        .map(|volume| volume.name().to_owned())
+        .collect();
+    if !flags.force && !agreed(&names)? {
+        return Ok(ExitCode::FAILURE);
+    }
+    let mut freed = 0_u64;
+    for volume in &volumes {
+        freed = freed.saturating_add(volume.used_bytes().await.unwrap_or(0));
+    }
+    let code = remove(&names, flags.quiet).await?;
+    if !flags.quiet && code == ExitCode::SUCCESS {
+        output::say(&format!("{} are free again.", output::bytes(freed)));
+    }
+    Ok(code)
+}
+
+/// Asks whether what these volumes hold may be lost.
+fn agreed(names: &[String]) -> Result<bool, Error> {
+    if !std::io::stdin().is_terminal() {
+        let message = format!("these volumes would be removed: {}", names.join(" "));
+        return Err(Error::new(ErrorKind::InvalidConfig, message)
+            .with_hint("add --force to remove them without being asked"));
+    }
+    output::say(&format!("These volumes are removed: {}", names.join(" ")));
+    output::say("Everything in them will be lost. Go on? [y/N]");
+    let mut answer = String::new();
+    std::io::stdin()
+        .read_line(&mut answer)
+        .map_err(|error| Error::io("cannot read the answer", error))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+async fn remove(names: &[String], quiet: bool) -> Result<ExitCode, Error> {
     let mut code = ExitCode::SUCCESS;
-    for name in &flags.names {
+    for name in names {
         match Volume::remove(name).await {
-            Ok(()) if flags.quiet => {}
+            Ok(()) if quiet => {}
             Ok(()) => output::done(&format!("Removed {name}")),
             Err(error) => {
                 output::error(&error);
