@@ -1,12 +1,18 @@
 /* Stands in for libkrun: writes each call to the file that KRUN_RECORD names, and fails the call
  * that KRUN_FAIL names with ENOTSUP. Compiled with NO_VHOST_USER it is a library that is too old. */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ptrace.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static int32_t record(const char *call, const char *arguments, int32_t result)
@@ -78,6 +84,39 @@ int32_t krun_add_vhost_user_device(uint32_t ctx, uint32_t type, const char *sock
     RECORD(0, "%u, %u, %s, %s,%s", ctx, type, socket, name, list);
 }
 #endif
+/* What a machine that its guest has taken over would try; KRUN_ATTACK asks for it. */
+static void attack(void)
+{
+    char *const none[] = {NULL};
+    const struct {
+        const char *name;
+        long number, first, second, third;
+    } tries[] = {
+        {"execve", SYS_execve, (long)"/bin/true", (long)none, (long)none},
+        {"fork", SYS_clone, SIGCHLD, 0, 0},
+        {"clone3", SYS_clone3, 0, 0, 0},
+        {"kill", SYS_kill, getppid(), 0, 0},
+        {"tgkill", SYS_tgkill, getppid(), getppid(), 0},
+        {"own tgkill", SYS_tgkill, getpid(), gettid(), 0},
+        {"ptrace", SYS_ptrace, PTRACE_TRACEME, 0, 0},
+        {"socket inet", SYS_socket, AF_INET, SOCK_STREAM, 0},
+        {"socket netlink", SYS_socket, AF_NETLINK, SOCK_RAW, 0},
+        {"socket unix", SYS_socket, AF_UNIX, SOCK_STREAM, 0},
+        {"mount", SYS_mount, (long)"none", (long)"/nonexistent", (long)"tmpfs"},
+        {"unshare", SYS_unshare, CLONE_NEWUSER, 0, 0},
+        {"setuid", SYS_setuid, getuid(), 0, 0},
+        {"bpf", SYS_bpf, 0, 0, 0},
+        {"keyctl", SYS_keyctl, 0, -3, 0},
+        {"io_uring_setup", SYS_io_uring_setup, 1, 0, 0},
+    };
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        errno = 0;
+        long result = syscall(tries[i].number, tries[i].first, tries[i].second, tries[i].third, 0, 0);
+        if (result == 0 && tries[i].number == SYS_clone)
+            _exit(0);
+        printf("%s: %s\n", tries[i].name, result < 0 ? strerrorname_np(errno) : "done");
+    }
+}
 /* The real one ends the process with the guest's exit status. */
 int32_t krun_start_enter(uint32_t ctx)
 {
@@ -87,6 +126,8 @@ int32_t krun_start_enter(uint32_t ctx)
     if (result < 0)
         return result;
     const char *status = getenv("KRUN_STATUS");
+    if (getenv("KRUN_ATTACK"))
+        attack();
     printf("started\n");
     fflush(stdout);
     _exit(status ? atoi(status) : 0);

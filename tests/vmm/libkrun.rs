@@ -109,6 +109,32 @@ fn a_machine_is_made_by_these_calls() -> Result<()> {
 }
 
 #[test]
+fn a_machine_may_not_do_what_no_machine_does() -> Result<()> {
+    let bench = Bench::new(&[])?;
+    let done = bench.become_machine(&bench.machine(), &[("KRUN_ATTACK", "1")])?;
+    let expected = "\
+        execve: EPERM\n\
+        fork: EPERM\n\
+        clone3: ENOSYS\n\
+        kill: EPERM\n\
+        tgkill: EPERM\n\
+        own tgkill: done\n\
+        ptrace: EPERM\n\
+        socket inet: EPERM\n\
+        socket netlink: EPERM\n\
+        socket unix: done\n\
+        mount: EPERM\n\
+        unshare: EPERM\n\
+        setuid: EPERM\n\
+        bpf: EPERM\n\
+        keyctl: EPERM\n\
+        io_uring_setup: EPERM\n\
+        started\n";
+    assert_eq!(done.out, expected, "{done:?}");
+    Ok(())
+}
+
+#[test]
 fn every_call_that_fails_is_named() -> Result<()> {
     let bench = Bench::new(&[])?;
     bench.become_machine(&bench.machine(), &[])?;
