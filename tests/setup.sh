@@ -34,6 +34,11 @@ need cc gcc
 need make make
 need git git
 need strace strace
+# What judges the volumes from inside a guest, which sees this machine's /usr.
+need fio fio
+need setcap libcap2-bin
+need setfattr attr
+need cryptsetup cryptsetup-bin
 have_kernel() { [ -f "$folder/kernel/vmlinuz" ] && [ -f "$folder/kernel/modules/modules.dep" ]; }
 
 if [ "${#missing[@]}" -eq 0 ] && have_kernel && [ -x "$folder/busybox" ]; then

@@ -9,28 +9,10 @@ use anyhow::{Context, Result, ensure};
 use msb_testkit::share::{ORDINARY, Setup, Share};
 
 use crate::bridge::skipped;
-use crate::tools::{number, seed, tool};
+use msb_testkit::suites::{FSX_WEIGHTS, number, seed, tool};
 
 /// Operations of one run; `MSB_FSX_OPS` asks for more.
 const OPERATIONS: u64 = 12_000;
-
-const WEIGHTS: &str = "
-[weights]
-close_open = 1
-invalidate = 1
-mapread = 3
-mapwrite = 3
-read = 5
-write = 5
-truncate = 1
-fsync = 0.3
-fdatasync = 0.3
-posix_fallocate = 1
-punch_hole = 1
-sendfile = 1
-posix_fadvise = 1
-copy_file_range = 1
-";
 
 /// Runs fsx on a share with `flags`, with small files and with large operations.
 fn exercise(flags: &[&str], ordinary: bool) -> Result<()> {
@@ -55,7 +37,7 @@ fn exercise(flags: &[&str], ordinary: bool) -> Result<()> {
     ];
     for (length, largest, count) in shapes {
         let configuration = share.beside("fsx.toml");
-        let text = format!("flen = {length}\n[opsize]\nmax = {largest}\n{WEIGHTS}");
+        let text = format!("flen = {length}\n[opsize]\nmax = {largest}\n{FSX_WEIGHTS}");
         fs::write(&configuration, text)?;
         let seed = seed();
         let mut command = Command::new(tool("fsx")?);

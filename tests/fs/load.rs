@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use msb_testkit::share::{Setup, Share};
 
 use crate::bridge::skipped;
-use crate::tools::number;
+use msb_testkit::suites::number;
 
 fn run(folder: &Path, command: &str) -> Result<String> {
     let output = Command::new("bash")

@@ -7,4 +7,3 @@ mod differential;
 mod load;
 mod posix;
 mod privilege;
-mod tools;

@@ -6,4 +6,5 @@ pub mod documents;
 pub mod frontend;
 pub mod msb;
 pub mod share;
+pub mod suites;
 pub mod sys;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 /// Longest time one `msb` command may take, in seconds, unless `MSB_COMMAND_LIMIT` says otherwise.
-const LIMIT: &str = "150";
+const LIMIT: u32 = 150;
 
 /// A state folder of its own, a scratch folder on the host, and the image `demo` (busybox).
 pub struct Msb {
@@ -115,11 +115,20 @@ impl Msb {
 
     /// A command line of `msb` in the scratch folder, ended by force after a while.
     pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let limit = std::env::var_os("MSB_COMMAND_LIMIT").unwrap_or_else(|| LIMIT.into());
+        self.command_within(LIMIT, args)
+    }
+
+    /// The same, ended after so many seconds, or those of `MSB_COMMAND_LIMIT`.
+    pub fn command_within<S: AsRef<OsStr>>(
+        &self,
+        seconds: u32,
+        args: impl IntoIterator<Item = S>,
+    ) -> Command {
+        let limit = std::env::var_os("MSB_COMMAND_LIMIT");
         let mut command = Command::new("timeout");
         command
             .arg("--kill-after=20")
-            .arg(limit)
+            .arg(limit.unwrap_or_else(|| seconds.to_string().into()))
             .arg(binary("msb"))
             .args(args);
         command

@@ -9,3 +9,4 @@ mod lifecycle;
 mod mounts;
 mod plain;
 mod plug;
+mod suites;

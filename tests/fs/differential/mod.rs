@@ -15,7 +15,7 @@ use msb_testkit::share::{ORDINARY, Setup, Share};
 use msb_testkit::sys::act_as;
 
 use crate::bridge::skipped;
-use crate::tools::{number, seed};
+use msb_testkit::suites::{number, seed};
 
 use self::operation::{Limits, Operation, Random, Side};
 use self::view::View;
