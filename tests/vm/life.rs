@@ -1,4 +1,4 @@
-//! One sandbox through its life: commands, terminal, copies, sizes, logs, restart; two on a quota.
+//! One sandbox through its life: commands, terminal, copies, sizes, logs, restart.
 
 use std::fs;
 use std::io::BufRead;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use msb_testkit::msb::{Msb, Said, disk_image, host};
 
 /// Prints the mount options of `$1`.
@@ -375,4 +375,58 @@ fn ok(said: &Said) -> Result<()> {
 
 fn uid() -> u32 {
     fs::metadata("/proc/self").map_or(0, |own| own.uid())
+}
+
+#[test]
+fn a_quota_is_one_account_for_all_sandboxes() -> Result<()> {
+    let msb = Msb::new()?;
+    for name in ["one", "two"] {
+        let volume = "data:/data:kind=dir,quota=16M";
+        let said = msb.msb(["create", "demo", "--name", name, "--mount-named", volume])?;
+        ok(&said)?;
+    }
+    // Size, used and free in KiB, as df(1) shows them.
+    let sizes = "df -k /data | awk 'END {print $(NF-4), $(NF-3), $(NF-2)}'";
+    let write = |name: &str, file: &str| {
+        msb.exec(
+            name,
+            &format!("dd if=/dev/zero of=/data/{file} bs=64k count=160 conv=fsync 2>&1"),
+        )
+    };
+    // The folder itself takes a block.
+    let taken = || -> Result<u64> {
+        let said = host(
+            "du",
+            ["-sk".as_ref(), msb.home().join("volumes/data").as_os_str()],
+        )?;
+        let taken = said.split_whitespace().next().context("what du says")?;
+        Ok(taken.parse()?)
+    };
+    for used in [0, 10_240] {
+        if used > 0 {
+            ok(&write("one", "a")?)?;
+        }
+        let taken = taken()?;
+        ensure!((used..used + 8).contains(&taken), "{taken} KiB on the host");
+        for name in ["one", "two"] {
+            let said = msb.exec(name, sizes)?.out;
+            assert_eq!(
+                said,
+                format!("16384 {taken} {}\n", 16_384 - taken),
+                "{name}"
+            );
+        }
+    }
+    let refused = write("two", "b")?;
+    ensure!(
+        refused.code != 0 && refused.out.contains("No space left on device"),
+        "{refused:?}"
+    );
+    ensure!(taken()? <= 16_384, "more than the quota lies on the host");
+    ok(&msb.exec("one", "rm /data/a /data/b")?)?;
+    ok(&write("two", "c")?)?;
+    for name in ["one", "two"] {
+        ok(&msb.msb(["rm", "-f", name])?)?;
+    }
+    Ok(())
 }
