@@ -91,8 +91,8 @@ impl Driver for Qemu {
         );
         line.words(&["-mon", "chardev=monitor,mode=control"]);
         // Where volumes are plugged in, also while the guest runs. One bridge with 32 places, which
-        // ACPI serves, costs no boot time that could be measured, and a device goes within 0.2 s: a
-        // root port takes one device each, and with PCIe's own hot-plug five seconds to let it go.
+        // ACPI serves, lets a device go within 0.2 s: a root port takes one device each, and with
+        // PCIe's own hot-plug five seconds to let it go.
         line.words(&["-device", &format!("pci-bridge,id={BUS},chassis_nr=1")]);
         for (number, (plan, socket)) in machine.devices.iter().enumerate() {
             line.device(number, plan, socket);
