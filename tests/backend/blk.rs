@@ -79,6 +79,8 @@ impl Backend {
 
 fn serve(folder: &Path, image: &str, flags: &[&str]) -> Result<(Backend, FrontEnd)> {
     let socket = folder.join(format!("{image}.sock"));
+    // A killed process may not have closed its own yet, and would be connected to.
+    std::fs::remove_file(&socket).ok();
     let child = Command::new(binary("msb-blk"))
         .arg("--socket-path")
         .arg(&socket)

@@ -285,7 +285,8 @@ impl Model {
 
     pub fn removexattr(&mut self, ino: Ino, name: u8) -> Outcome<()> {
         if self.is_real_link(ino) {
-            return Err(if name == 0 { EPERM } else { EOPNOTSUPP });
+            // It can have none of the others, so there is none to be removed.
+            return Err(if name == 0 { EPERM } else { ENODATA });
         }
         let gone = self.inodes[ino].xattrs.remove(&name);
         gone.map(drop).ok_or(ENODATA)
