@@ -352,7 +352,7 @@ fn logs(msb: &Msb) -> Result<()> {
     ensure!(row["source"] == "stderr" && row["line"] == "three", "{row}");
     let system = log(&["--source", "system", "--timestamps"])?.out;
     ensure!(
-        system.contains("Linux version") && system.contains("its jail holds"),
+        system.contains("Z  INFO mount /data: its jail holds"),
         "{system}"
     );
     // Followed while it runs.

@@ -64,6 +64,8 @@ struct Client {
 struct Running {
     /// Its client and the channel's number there; nobody when it was detached.
     client: Option<(u64, Channel)>,
+    /// Its output is kept: it was let go on purpose, and did not lose its client.
+    detached: bool,
 }
 
 /// What a client's reading task reports: a frame, or that the client has gone.
@@ -279,6 +281,7 @@ impl Hub<'_> {
             channel,
             Running {
                 client: Some((number, frame.channel)),
+                detached: false,
             },
         );
         self.agent.send(Frame { channel, ..frame });
@@ -294,7 +297,7 @@ impl Hub<'_> {
                     .iter_mut()
                     .find(|(_, running)| running.client == ours);
                 if let Some((channel, running)) = found {
-                    running.client = None;
+                    (running.client, running.detached) = (None, true);
                     self.agent
                         .message(*channel, &ToAgent::OutputCredit { bytes: ENDLESS });
                     if let Ok(end) = Frame::data(*channel, Kind::Stdin, Vec::new()) {
@@ -380,6 +383,8 @@ impl Hub<'_> {
                     self.part_with(number);
                 }
             }
+            // Nobody wants the rest of what somebody has stopped reading.
+            None if !running.detached => {}
             None => match frame.kind {
                 Kind::Stdout => self.log(Stream::Stdout, &frame.payload),
                 Kind::Stderr => self.log(Stream::Stderr, &frame.payload),
