@@ -5,5 +5,6 @@ mod cache;
 mod content;
 mod differential;
 mod load;
+mod locks;
 mod posix;
 mod privilege;

@@ -5,7 +5,7 @@ use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::task::Task;
-use crate::wire::abi::{EntryOut, InHeader, OpenOut};
+use crate::wire::abi::{EntryOut, InHeader, LkIn, OpenOut};
 use crate::wire::reply;
 
 /// Longest answer of fixed length: that of CREATE.
@@ -23,6 +23,8 @@ pub(crate) enum Answer {
     Placed(usize),
     /// Nothing beside the header; this handle is closed afterwards.
     Closed(u64),
+    /// Nothing beside the header, when a lock of this node can be had.
+    Locked(u64, LkIn),
     /// What this gives, which may take a while.
     Later(Task),
 }
@@ -77,7 +79,7 @@ pub(crate) fn send(
             Err(_) => Err(Errno::IO),
         },
         // Whoever is asked has carried it out.
-        Answer::Later(_) => Err(Errno::IO),
+        Answer::Later(_) | Answer::Locked(..) => Err(Errno::IO),
     });
     let reply = match result {
         Ok(len) => reply::header(header.unique, 0, len),

@@ -58,6 +58,9 @@ pub fn calls(rules: &Rules, limited: bool) -> Vec<Call> {
     if limited {
         calls.extend_from_slice(LOCKING);
     }
+    if rules.locks {
+        calls.extend_from_slice(SHARED_LOCKS);
+    }
     if !rules.readonly {
         calls.extend_from_slice(WRITING);
         if makes_special_files(rules.ownership.mode) {
@@ -122,6 +125,13 @@ const WRITING: &[Call] = &[
 const LOCKING: &[Call] = &[
     Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_SETLK as u64)),
     Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_SETLKW as u64)),
+];
+
+/// The guest's locks as the host's; they are asked for again and never waited for.
+const SHARED_LOCKS: &[Call] = &[
+    Call::any(libc::SYS_flock),
+    Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_SETLK as u64)),
+    Call::any(libc::SYS_fcntl).only(Check::equals(1, libc::F_OFD_GETLK as u64)),
 ];
 
 /// Pipes, sockets, and the device 0:0, which is none.

@@ -12,8 +12,8 @@ use crate::pool::Pool;
 use crate::task::Task;
 use crate::tree::{Caching, Caller, Progress, Tree, Wanted};
 use crate::wire::abi::{
-    self, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OutHeader, ReadIn,
-    StatfsOut, WriteIn, WriteOut, init, opcode,
+    self, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OutHeader,
+    RELEASE_FLOCK_UNLOCK, ReadIn, StatfsOut, WriteIn, WriteOut, init, opcode,
 };
 use crate::wire::reply::HEADER_LEN;
 use crate::wire::request::{self, Operation, WireError};
@@ -75,6 +75,14 @@ impl Session {
                 answer::send(&header, replies, request, Ok(Answer::empty()));
                 // Closing may take long, and tells the guest nothing.
                 drop(closed);
+            }
+            Ok(Answer::Locked(id, lock)) => {
+                let done = move |result: Result<(), Errno>| {
+                    let result = result.map(|()| Answer::empty());
+                    answer::send(&header, replies, request, result);
+                };
+                self.tree
+                    .lock_when_free(id, &lock, header.unique, Box::new(done));
             }
             result => answer::send(&header, replies, request, result),
         }
@@ -139,7 +147,7 @@ impl Session {
             | Operation::Create { .. }
             | Operation::Tmpfile(_) => self.names(id, caller, &operation),
             Operation::Open(_)
-            | Operation::Release { .. }
+            | Operation::Release(_)
             | Operation::Fsync { .. }
             | Operation::Opendir
             | Operation::Readdir { .. }
@@ -148,8 +156,33 @@ impl Session {
             | Operation::Fallocate(_)
             | Operation::Lseek(_)
             | Operation::CopyFileRange(_) => self.opened(id, caller, &operation, writable),
+            Operation::Flush(_)
+            | Operation::Getlk(_)
+            | Operation::Setlk { .. }
+            | Operation::Interrupt(_) => self.locks(id, &operation),
             _ => self.attributes(id, caller, &operation),
         }
+    }
+
+    /// Requests about locks, where they are the host's; the guest keeps its own otherwise.
+    fn locks(&self, id: u64, operation: &Operation<'_>) -> Result<Answer, Errno> {
+        let tree = &self.tree;
+        if let Operation::Interrupt(args) = operation {
+            // Everything else is carried out at once.
+            tree.interrupt(args.unique);
+            return Ok(Answer::None);
+        }
+        if !tree.rules().locks {
+            return Err(Errno::NOSYS);
+        }
+        match operation {
+            Operation::Flush(args) => tree.unlock(id, args.fh, args.lock_owner, false),
+            Operation::Getlk(args) => return Ok(Answer::of(&tree.test_lock(id, args)?)),
+            Operation::Setlk { args, wait: true } => return Ok(Answer::Locked(id, *args)),
+            Operation::Setlk { args, wait: false } => tree.lock(id, args)?,
+            _ => return Err(Errno::NOSYS),
+        }
+        Ok(Answer::empty())
     }
 
     /// Requests that name an entry of a directory.
@@ -226,7 +259,13 @@ impl Session {
                 Ok(Answer::of(&LseekOut { offset }))
             }
             Operation::CopyFileRange(args) => Ok(Answer::Later(Task::Copy(id, *args, caller))),
-            Operation::Release { fh } | Operation::Releasedir { fh } => Ok(Answer::Closed(*fh)),
+            Operation::Release(args) => {
+                if args.release_flags & RELEASE_FLOCK_UNLOCK != 0 {
+                    tree.unlock(id, args.fh, args.lock_owner, true);
+                }
+                Ok(Answer::Closed(args.fh))
+            }
+            Operation::Releasedir { fh } => Ok(Answer::Closed(*fh)),
             Operation::Fsync { fh, data_only } => {
                 let (fh, data_only) = (*fh, *data_only);
                 Ok(Answer::Later(Task::Fsync { id, fh, data_only }))
@@ -282,8 +321,6 @@ impl Session {
                 }
                 return Ok(Answer::None);
             }
-            // Every request is carried out at once: there is never one to interrupt.
-            Operation::Interrupt => return Ok(Answer::None),
             _ => return Err(Errno::NOSYS),
         }
         Ok(Answer::empty())
@@ -331,6 +368,9 @@ impl Session {
         }
         if rules.writeback && !rules.readonly {
             wanted |= init::WRITEBACK_CACHE;
+        }
+        if rules.locks {
+            wanted |= init::POSIX_LOCKS | init::FLOCK_LOCKS;
         }
         if rules.lists {
             wanted |= init::POSIX_ACL | init::DONT_MASK;

@@ -336,6 +336,83 @@ pub(crate) fn read_dir(dir: impl AsFd, buffer: &mut [u8]) -> Result<usize, Errno
     usize::try_from(len).map_err(|_| last_error())
 }
 
+/// A lock on bytes of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RangeLock {
+    Shared,
+    Exclusive,
+    None,
+}
+
+impl RangeLock {
+    /// The lock on `len` bytes (zero: all) from `start` on, in the form of fcntl(2).
+    fn on(self, (start, len): (i64, i64)) -> libc::flock {
+        let kind = match self {
+            Self::Shared => libc::F_RDLCK,
+            Self::Exclusive => libc::F_WRLCK,
+            Self::None => libc::F_UNLCK,
+        };
+        libc::flock {
+            l_type: kind as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: start,
+            l_len: len,
+            l_pid: 0,
+        }
+    }
+}
+
+/// Sets a lock of `file`'s open description. Without `wait` a lock of another one is EAGAIN.
+pub(crate) fn lock_range(
+    file: &impl AsRawFd,
+    kind: RangeLock,
+    range: (i64, i64),
+    wait: bool,
+) -> Result<(), Errno> {
+    let lock = kind.on(range);
+    let command = if wait {
+        libc::F_OFD_SETLKW
+    } else {
+        libc::F_OFD_SETLK
+    };
+    loop {
+        // SAFETY: the descriptor is open, and `lock` lives until the call returns.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw const lock) };
+        if result == 0 {
+            return Ok(());
+        }
+        match last_error() {
+            Errno::INTR => {}
+            Errno::ACCESS => return Err(Errno::AGAIN),
+            error => return Err(error),
+        }
+    }
+}
+
+/// A lock that somebody holds, with its first byte and length.
+pub(crate) type HeldLock = (RangeLock, (i64, i64));
+
+/// The first lock of another open description, or of a process of the host, that stands in the way
+/// of `kind`; its range is the whole file with a length of zero.
+pub(crate) fn lock_in_the_way(
+    file: &impl AsRawFd,
+    kind: RangeLock,
+    range: (i64, i64),
+) -> Result<Option<HeldLock>, Errno> {
+    let mut lock = kind.on(range);
+    // SAFETY: the descriptor is open, and `lock` is nobody else's until the call returns.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if result != 0 {
+        return Err(last_error());
+    }
+    let range = (lock.l_start, lock.l_len);
+    Ok(match libc::c_int::from(lock.l_type) {
+        libc::F_RDLCK => Some((RangeLock::Shared, range)),
+        libc::F_WRLCK => Some((RangeLock::Exclusive, range)),
+        _ => None,
+    })
+}
+
 fn last_error() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

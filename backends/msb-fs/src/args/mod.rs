@@ -329,9 +329,6 @@ impl Args {
                  trusted.* below user.msb., off uses the host's names",
             );
         }
-        if self.locks == LocksArg::Host {
-            remarks.push("--locks host is not carried out yet: locks are those of one guest");
-        }
         let mapped = [
             &self.ignored.uid_map,
             &self.ignored.gid_map,

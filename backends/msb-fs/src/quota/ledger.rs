@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::sys::{Numbers, RangeLock, lock_range};
+use super::sys::Numbers;
+use crate::sys::{RangeLock, lock_range};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"msbquota");
 const CELLS_AT: usize = 512;

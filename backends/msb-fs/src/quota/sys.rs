@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicU64;
 
@@ -49,53 +48,5 @@ impl Drop for Numbers {
         let bytes = self.len * size_of::<AtomicU64>();
         // SAFETY: made in `map` with this length; no borrow outlives the value.
         unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), bytes) }.ok();
-    }
-}
-
-/// What is done with a range of bytes of a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum RangeLock {
-    Shared,
-    Exclusive,
-    None,
-}
-
-/// Sets a lock of `file`'s open description on `len` bytes (zero: all) from `start` on. Without
-/// `wait` a lock of another description is EAGAIN.
-pub(crate) fn lock_range(
-    file: &impl AsRawFd,
-    kind: RangeLock,
-    (start, len): (i64, i64),
-    wait: bool,
-) -> rustix::io::Result<()> {
-    let kind = match kind {
-        RangeLock::Shared => libc::F_RDLCK,
-        RangeLock::Exclusive => libc::F_WRLCK,
-        RangeLock::None => libc::F_UNLCK,
-    };
-    let range = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: start,
-        l_len: len,
-        l_pid: 0,
-    };
-    let command = if wait {
-        libc::F_OFD_SETLKW
-    } else {
-        libc::F_OFD_SETLK
-    };
-    loop {
-        // SAFETY: the descriptor is open, and `range` lives until the call returns.
-        let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw const range) };
-        if result == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        match rustix::io::Errno::from_io_error(&error) {
-            Some(rustix::io::Errno::INTR) => {}
-            Some(rustix::io::Errno::ACCESS) => return Err(rustix::io::Errno::AGAIN),
-            error => return Err(error.unwrap_or(rustix::io::Errno::IO)),
-        }
     }
 }

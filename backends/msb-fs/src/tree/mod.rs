@@ -4,6 +4,7 @@ mod attr;
 mod create;
 mod data;
 mod dir;
+mod locks;
 mod lookup;
 mod overlay;
 mod rename;
@@ -26,6 +27,8 @@ use rustix::process::{Resource, getrlimit};
 pub use self::data::Progress;
 use self::dir::Buffers;
 pub use self::dir::Wanted;
+pub use self::locks::Done;
+use self::locks::Locks;
 use self::overlay::Overlay;
 pub use self::overlay::{KEY, Override, Ownership, StatVirt};
 use self::table::{Access, Found, HandleTable, Listings, Node, NodeTable};
@@ -147,6 +150,7 @@ pub struct Tree {
     fine_times: bool,
     single: Option<Single>,
     account: Option<Arc<Account>>,
+    locks: Arc<Locks>,
 }
 
 impl Tree {
@@ -224,6 +228,7 @@ impl Tree {
             rules,
             single,
             account: None,
+            locks: Arc::default(),
         })
     }
 
@@ -368,6 +373,7 @@ impl Tree {
 
     /// Forgets all that the guest has looked up and opened.
     pub fn reset(&self) {
+        self.locks.clear();
         self.handles.clear();
         self.listings.clear();
         self.nodes.clear();

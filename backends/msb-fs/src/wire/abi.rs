@@ -86,6 +86,12 @@ wire! {
     SetxattrIn { size: u32, flags: u32 }
     GetxattrIn { size: u32, padding: u32 }
     GetxattrOut { size: u32, padding: u32 }
+    FlushIn { fh: u64, unused: u32, padding: u32, lock_owner: u64 }
+    /// A lock on bytes: first and last, `F_RDLCK`, `F_WRLCK` or `F_UNLCK`, and whose it is.
+    FileLock { start: u64, end: u64, kind: u32, pid: u32 }
+    LkIn { fh: u64, owner: u64, lock: FileLock, lk_flags: u32, padding: u32 }
+    LkOut { lock: FileLock }
+    InterruptIn { unique: u64 }
     AccessIn { mask: u32, padding: u32 }
     InitIn { major: u32, minor: u32, max_readahead: u32, flags: u32 }
     InitOut {
@@ -133,6 +139,9 @@ pub mod opcode {
     pub const READDIR: u32 = 28;
     pub const RELEASEDIR: u32 = 29;
     pub const FSYNCDIR: u32 = 30;
+    pub const GETLK: u32 = 31;
+    pub const SETLK: u32 = 32;
+    pub const SETLKW: u32 = 33;
     pub const ACCESS: u32 = 34;
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
@@ -152,9 +161,11 @@ pub mod opcode {
 /// Bits of INIT; those from 32 on travel in `flags2`.
 pub mod init {
     pub const ASYNC_READ: u64 = 1;
+    pub const POSIX_LOCKS: u64 = 1 << 1;
     pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub const BIG_WRITES: u64 = 1 << 5;
     pub const DONT_MASK: u64 = 1 << 6;
+    pub const FLOCK_LOCKS: u64 = 1 << 10;
     pub const AUTO_INVAL_DATA: u64 = 1 << 12;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
     pub const READDIRPLUS_AUTO: u64 = 1 << 14;
@@ -215,6 +226,10 @@ pub const OPEN_KILL_SUIDGID: u32 = 1;
 pub const WRITE_CACHE: u32 = 1;
 /// `WriteIn::write_flags`: clear setuid and setgid.
 pub const WRITE_KILL_SUIDGID: u32 = 4;
+/// `LkIn::lk_flags`: the lock is one of flock(2).
+pub const LK_FLOCK: u32 = 1;
+/// `ReleaseIn::release_flags`: the file may hold a lock of flock(2).
+pub const RELEASE_FLOCK_UNLOCK: u32 = 2;
 /// `FsyncIn::fsync_flags`: only the data.
 pub const FSYNC_DATASYNC: u32 = 1;
 /// `Attr::flags`: the node is the root of another file system.

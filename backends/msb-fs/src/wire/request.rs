@@ -5,9 +5,9 @@ use std::ffi::CStr;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::abi::{
-    AccessIn, BatchForgetIn, CopyFileRangeIn, CreateIn, FallocateIn, ForgetIn, ForgetOne, FsyncIn,
-    GetattrIn, GetxattrIn, InitIn, LinkIn, LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn,
-    Rename2In, RenameIn, SetattrIn, SetxattrIn, StatxIn, oflag, opcode,
+    AccessIn, BatchForgetIn, CopyFileRangeIn, CreateIn, FallocateIn, FlushIn, ForgetIn, ForgetOne,
+    FsyncIn, GetattrIn, GetxattrIn, InitIn, InterruptIn, LinkIn, LkIn, LseekIn, MkdirIn, MknodIn,
+    OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn, SetxattrIn, StatxIn, oflag, opcode,
 };
 
 /// The bytes are no request of this protocol.
@@ -73,8 +73,12 @@ pub enum Operation<'a> {
     Open(OpenIn),
     Read(ReadIn),
     Statfs,
-    Release {
-        fh: u64,
+    Release(ReleaseIn),
+    Flush(FlushIn),
+    Getlk(LkIn),
+    Setlk {
+        args: LkIn,
+        wait: bool,
     },
     Fsync {
         fh: u64,
@@ -118,7 +122,7 @@ pub enum Operation<'a> {
         args: CreateIn,
         name: &'a CStr,
     },
-    Interrupt,
+    Interrupt(InterruptIn),
     Destroy,
     Fallocate(FallocateIn),
     Lseek(LseekIn),
@@ -156,7 +160,10 @@ impl Operation<'_> {
             | Self::Readlink
             | Self::Read(_)
             | Self::Statfs
-            | Self::Release { .. }
+            | Self::Release(_)
+            | Self::Flush(_)
+            | Self::Getlk(_)
+            | Self::Setlk { .. }
             | Self::Fsync { .. }
             | Self::Getxattr { .. }
             | Self::Listxattr { .. }
@@ -166,7 +173,7 @@ impl Operation<'_> {
             | Self::Releasedir { .. }
             | Self::Fsyncdir { .. }
             | Self::Access { .. }
-            | Self::Interrupt
+            | Self::Interrupt(_)
             | Self::Destroy
             | Self::Lseek(_)
             | Self::Syncfs => false,
@@ -193,7 +200,7 @@ pub fn parse(code: u32, bytes: &[u8]) -> Result<Operation<'_>, WireError> {
         opcode::READLINK => Operation::Readlink,
         opcode::STATFS => Operation::Statfs,
         opcode::OPENDIR => Operation::Opendir,
-        opcode::INTERRUPT => Operation::Interrupt,
+        opcode::INTERRUPT => Operation::Interrupt(body.take()?),
         opcode::DESTROY => Operation::Destroy,
         opcode::SYNCFS => Operation::Syncfs,
         opcode::FORGET => Operation::Forget {
@@ -208,8 +215,12 @@ pub fn parse(code: u32, bytes: &[u8]) -> Result<Operation<'_>, WireError> {
         }
         // Kernels from before 7.9 send no body.
         opcode::GETATTR => Operation::Getattr(body.take().unwrap_or_default()),
-        opcode::RELEASE => Operation::Release {
-            fh: body.take::<ReleaseIn>()?.fh,
+        opcode::RELEASE => Operation::Release(body.take()?),
+        opcode::FLUSH => Operation::Flush(body.take()?),
+        opcode::GETLK => Operation::Getlk(body.take()?),
+        opcode::SETLK | opcode::SETLKW => Operation::Setlk {
+            args: body.take()?,
+            wait: code == opcode::SETLKW,
         },
         opcode::RELEASEDIR => Operation::Releasedir {
             fh: body.take::<ReleaseIn>()?.fh,
