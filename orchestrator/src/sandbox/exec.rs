@@ -34,6 +34,12 @@ pub struct ExecOptions {
 
 impl ExecOptions {
     /// A command that runs `program` without arguments.
+    ///
+    /// ```
+    /// use microsandbox::ExecOptions;
+    ///
+    /// assert_eq!(ExecOptions::new("uptime").argv(), ["uptime"]);
+    /// ```
     pub fn new(program: impl Into<String>) -> Self {
         Self {
             argv: vec![program.into()],
@@ -45,6 +51,13 @@ impl ExecOptions {
     }
 
     /// Adds arguments.
+    ///
+    /// ```
+    /// use microsandbox::ExecOptions;
+    ///
+    /// let options = ExecOptions::new("pip").args(["install", "-r"]).args(["requirements.txt"]);
+    /// assert_eq!(options.argv(), ["pip", "install", "-r", "requirements.txt"]);
+    /// ```
     #[must_use]
     pub fn args(mut self, args: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.argv.extend(args.into_iter().map(Into::into));
@@ -52,6 +65,13 @@ impl ExecOptions {
     }
 
     /// Sets a variable of its environment, on top of the image's and the sandbox's.
+    ///
+    /// ```
+    /// use microsandbox::ExecOptions;
+    ///
+    /// let options = ExecOptions::new("pytest").env("CI", "1").env("TZ", "UTC");
+    /// assert_ne!(options, ExecOptions::new("pytest"));
+    /// ```
     #[must_use]
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.env.push((name.into(), value.into()));
@@ -59,6 +79,15 @@ impl ExecOptions {
     }
 
     /// Sets its working directory.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.exec_with(ExecOptions::new("pwd").cwd("/app"))?.output().await?;
+    /// assert_eq!(output.stdout(), "/app\n");
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn cwd(mut self, path: impl Into<String>) -> Self {
         self.cwd = Some(path.into());
@@ -66,6 +95,15 @@ impl ExecOptions {
     }
 
     /// Sets its user, as `name`, `uid`, `name:group` or `uid:gid`.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.exec_with(ExecOptions::new("id").user("1000:1000"))?.output().await?;
+    /// assert!(output.stdout().starts_with("uid=1000"));
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.user = Some(user.into());
@@ -73,6 +111,15 @@ impl ExecOptions {
     }
 
     /// Runs it on a terminal of this size; standard error joins standard output then.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.exec_with(ExecOptions::new("tty").terminal(24, 80))?.output().await?;
+    /// assert!(output.stdout().starts_with("/dev/pts/"));
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn terminal(mut self, rows: u16, cols: u16) -> Self {
         self.terminal = Some((rows, cols));
@@ -80,6 +127,13 @@ impl ExecOptions {
     }
 
     /// Program and arguments.
+    ///
+    /// ```
+    /// use microsandbox::ExecOptions;
+    ///
+    /// let options = ExecOptions::new("ls").args(["-l", "/app"]);
+    /// assert_eq!(options.argv().join(" "), "ls -l /app");
+    /// ```
     pub fn argv(&self) -> &[String] {
         &self.argv
     }
@@ -118,6 +172,20 @@ pub(super) fn set(env: &mut Vec<(String, String)>, name: String, value: String) 
 }
 
 /// Something that a running command did.
+///
+/// ```no_run
+/// # use microsandbox::{ExecEvent, ExecHandle, MicrosandboxResult};
+/// # async fn example(mut command: ExecHandle) -> MicrosandboxResult<()> {
+/// while let Some(event) = command.next().await? {
+///     match event {
+///         ExecEvent::Stdout(bytes) => print!("{}", String::from_utf8_lossy(&bytes)),
+///         ExecEvent::Exited { code } => println!("ended with {code}"),
+///         _ => {}
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExecEvent {
@@ -145,6 +213,17 @@ pub enum ExecEvent {
 }
 
 /// What a command left when it ended.
+///
+/// ```no_run
+/// # use microsandbox::{MicrosandboxResult, Sandbox};
+/// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+/// let output = sandbox.exec("pytest", ["-q"]).await?;
+/// if !output.success() {
+///     eprintln!("ended with {}: {}", output.code(), output.stderr());
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecOutput {
     code: i32,
@@ -154,37 +233,104 @@ pub struct ExecOutput {
 
 impl ExecOutput {
     /// Its exit code, or 128 plus the number of the signal that killed it.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// assert_eq!(sandbox.shell("exit 3").await?.code(), 3);
+    /// assert_eq!(sandbox.shell("kill -9 $$").await?.code(), 128 + 9);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn code(&self) -> i32 {
         self.code
     }
 
     /// Whether it ended with code 0.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let there = sandbox.exec("test", ["-e", "/app/data/seed"]).await?.success();
+    /// println!("{}", if there { "seeded" } else { "empty" });
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn success(&self) -> bool {
         self.code == 0
     }
 
     /// What it wrote to its standard output, with what is no UTF-8 replaced.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let kernel = sandbox.exec("uname", ["-r"]).await?.stdout();
+    /// println!("runs Linux {}", kernel.trim());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stdout(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
     /// What it wrote to its standard error, with what is no UTF-8 replaced.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.exec("ls", ["/missing"]).await?;
+    /// assert!(output.stderr().contains("/missing"));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stderr(&self) -> String {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
     /// What it wrote to its standard output, byte for byte.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let archive = sandbox.exec("tar", ["-cz", "/app"]).await?;
+    /// assert!(archive.stdout_bytes().starts_with(&[0x1f, 0x8b]));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stdout_bytes(&self) -> &[u8] {
         &self.stdout
     }
 
     /// What it wrote to its standard error, byte for byte.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.shell("printf '\\377' >&2").await?;
+    /// assert_eq!(output.stderr_bytes(), [0xff]);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stderr_bytes(&self) -> &[u8] {
         &self.stderr
     }
 }
 
 /// A command that runs. When it is dropped before it has ended, the command is hung up on.
+///
+/// ```no_run
+/// # use microsandbox::{ExecEvent, ExecOptions, MicrosandboxResult, Sandbox};
+/// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+/// let mut command = sandbox.exec_with(ExecOptions::new("make").args(["test"]))?;
+/// while let Some(event) = command.next().await? {
+///     if let ExecEvent::Stdout(bytes) = event {
+///         print!("{}", String::from_utf8_lossy(&bytes));
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct ExecHandle {
     client: Arc<Client>,
@@ -195,6 +341,18 @@ pub struct ExecHandle {
 }
 
 /// The standard input of a command that runs.
+///
+/// ```no_run
+/// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+/// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+/// let mut command = sandbox.exec_with(ExecOptions::new("sort"))?;
+/// if let Some(mut stdin) = command.take_stdin() {
+///     stdin.write(b"pear\napple\n").await?;
+/// }
+/// assert_eq!(command.output().await?.stdout(), "apple\npear\n");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct ExecStdin {
     client: Arc<Client>,
@@ -203,6 +361,17 @@ pub struct ExecStdin {
 }
 
 /// Sends signals and sizes to a command that runs.
+///
+/// ```no_run
+/// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+/// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+/// let command = sandbox.exec_with(ExecOptions::new("sleep").args(["60"]))?;
+/// let control = command.control();
+/// tokio::spawn(async move { control.signal(libc::SIGTERM) });
+/// assert_eq!(command.output().await?.code(), 128 + libc::SIGTERM);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct ExecControl {
     client: Arc<Client>,
@@ -237,11 +406,32 @@ impl ExecHandle {
 
     /// Its standard input; only the first call gives it. While it is not closed, the command waits
     /// for more.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecHandle, MicrosandboxResult};
+    /// # async fn example(mut command: ExecHandle) -> MicrosandboxResult<()> {
+    /// if let Some(mut stdin) = command.take_stdin() {
+    ///     stdin.write(b"print(6 * 7)\n").await?;
+    /// }
+    /// assert!(command.take_stdin().is_none());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn take_stdin(&mut self) -> Option<ExecStdin> {
         self.stdin.take()
     }
 
     /// What sends signals and sizes to it.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecHandle, MicrosandboxResult};
+    /// # async fn example(command: ExecHandle) -> MicrosandboxResult<()> {
+    /// let control = command.control();
+    /// control.signal(libc::SIGINT);
+    /// println!("ended with {}", command.output().await?.code());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn control(&self) -> ExecControl {
         ExecControl {
             client: Arc::clone(&self.client),
@@ -250,6 +440,16 @@ impl ExecHandle {
     }
 
     /// What it does next; nothing after its end.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecEvent, ExecHandle, MicrosandboxResult};
+    /// # async fn example(mut command: ExecHandle) -> MicrosandboxResult<()> {
+    /// if let Some(ExecEvent::Started { pid }) = command.next().await? {
+    ///     println!("it is process {pid} of the guest");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -269,6 +469,15 @@ impl ExecHandle {
 
     /// Waits for its end and collects what it wrote. Its standard input is closed first, unless it
     /// was taken.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.exec_with(ExecOptions::new("env").env("CI", "1"))?.output().await?;
+    /// assert!(output.stdout().contains("CI=1"));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -296,6 +505,16 @@ impl ExecHandle {
 
     /// Leaves it running without anybody who waits for it; its output goes to the sandbox's log.
     /// The caller's process may end as soon as this has.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let server = ExecOptions::new("python").args(["-m", "http.server"]);
+    /// sandbox.exec_with(server)?.detach().await;
+    /// println!("it writes to {}", sandbox.dir().output_log().display());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn detach(mut self) {
         self.client.tell(&ToSupervisor::Detach {
             channel: self.channel,
@@ -368,6 +587,16 @@ impl Drop for ExecHandle {
 impl ExecStdin {
     /// Writes all of `bytes`; waits while the command does not read.
     ///
+    /// ```no_run
+    /// # use microsandbox::{ExecStdin, MicrosandboxResult};
+    /// # async fn example(mut stdin: ExecStdin) -> MicrosandboxResult<()> {
+    /// stdin.write(b"a line\n").await?;
+    /// // The command reads the end of its input.
+    /// drop(stdin);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::WrongState`] when the sandbox has ended.
@@ -399,6 +628,13 @@ impl Drop for ExecStdin {
 
 impl ExecControl {
     /// Sends a signal to the command's process group.
+    ///
+    /// ```no_run
+    /// # use microsandbox::ExecHandle;
+    /// # fn example(command: ExecHandle) {
+    /// command.control().signal(libc::SIGHUP);
+    /// # }
+    /// ```
     pub fn signal(&self, signal: i32) {
         self.client
             .sender()
@@ -406,6 +642,15 @@ impl ExecControl {
     }
 
     /// Tells the command's terminal its size.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let shell = sandbox.exec_with(ExecOptions::new("/bin/sh").terminal(24, 80))?;
+    /// shell.control().resize(50, 132);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn resize(&self, rows: u16, cols: u16) {
         self.client
             .sender()

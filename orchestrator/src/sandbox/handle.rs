@@ -25,6 +25,16 @@ pub struct SandboxHandle {
 impl Sandbox {
     /// Finds a sandbox.
     ///
+    /// ```no_run
+    /// # use microsandbox::{ErrorKind, Sandbox};
+    /// # async fn example() {
+    /// match Sandbox::get("worker").await {
+    ///     Ok(handle) => println!("{} is there", handle.name()),
+    ///     Err(error) => assert_eq!(error.kind(), ErrorKind::SandboxNotFound),
+    /// }
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::SandboxNotFound`] when there is none of that name.
@@ -39,6 +49,17 @@ impl Sandbox {
     }
 
     /// All sandboxes, in the order of their names.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// for handle in Sandbox::list().await? {
+    ///     let state = if handle.is_running() { "runs" } else { "is stopped" };
+    ///     println!("{} {state}", handle.name());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -60,6 +81,15 @@ impl Sandbox {
 
     /// Removes a sandbox with what it wrote to its root file system. Named volumes stay.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// Sandbox::get("worker").await?.stop().await?;
+    /// Sandbox::remove("worker").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::WrongState`] while it runs, [`ErrorKind::SandboxNotFound`].
@@ -70,11 +100,30 @@ impl Sandbox {
 
 impl SandboxHandle {
     /// Its name.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// let names: Vec<_> = Sandbox::list().await?.iter().map(|s| s.name().to_owned()).collect();
+    /// println!("{}", names.join(" "));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn name(&self) -> &str {
         self.dir.name().as_str()
     }
 
     /// The request that it was made from.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, SandboxHandle};
+    /// # fn example(handle: &SandboxHandle) -> MicrosandboxResult<()> {
+    /// for mount in handle.spec()?.mounts {
+    ///     println!("{}", mount.target.as_str());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -85,6 +134,16 @@ impl SandboxHandle {
 
     /// What it is doing.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, SandboxHandle};
+    /// # fn example(handle: &SandboxHandle) -> MicrosandboxResult<()> {
+    /// if let Some(why) = handle.state()?.failure {
+    ///     println!("{} broke down: {why}", handle.name());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::Io`] when its folder cannot be read.
@@ -93,11 +152,30 @@ impl SandboxHandle {
     }
 
     /// Whether it runs.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, SandboxHandle};
+    /// # async fn example(handle: &SandboxHandle) -> MicrosandboxResult<()> {
+    /// if handle.is_running() {
+    ///     handle.stop().await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn is_running(&self) -> bool {
         self.dir.is_running()
     }
 
     /// Connects to it while it runs.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, SandboxHandle};
+    /// # async fn example(handle: &SandboxHandle) -> MicrosandboxResult<()> {
+    /// let sb = handle.connect().await?;
+    /// print!("{}", sb.exec("ps", ["-ef"]).await?.stdout());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -109,6 +187,15 @@ impl SandboxHandle {
     /// Starts it again, with everything it wrote to its root file system and all its volumes. It
     /// goes on running when the value is dropped.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, SandboxHandle};
+    /// # async fn example(handle: &SandboxHandle) -> MicrosandboxResult<()> {
+    /// let sb = handle.start().await?;
+    /// println!("{} was ready after {:?} ms", sb.name(), sb.boot_ms());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::WrongState`] when it runs, [`ErrorKind::Boot`] when it does not start.
@@ -118,6 +205,18 @@ impl SandboxHandle {
 
     /// Ends it, as [`Sandbox::stop`].
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// for handle in Sandbox::list().await? {
+    ///     if handle.is_running() {
+    ///         handle.stop().await?;
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::WrongState`] when it does not run.
@@ -126,6 +225,18 @@ impl SandboxHandle {
     }
 
     /// Removes it, as [`Sandbox::remove`].
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// for handle in Sandbox::list().await? {
+    ///     if !handle.is_running() {
+    ///         handle.remove().await?;
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

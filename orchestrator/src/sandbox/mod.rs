@@ -39,6 +39,17 @@ const REACH_LIMIT: Duration = Duration::from_secs(10);
 /// A running sandbox.
 ///
 /// It goes on running when the value is dropped, unless it was made to end with its caller.
+///
+/// ```no_run
+/// # use microsandbox::{MicrosandboxResult, Sandbox};
+/// # async fn example() -> MicrosandboxResult<()> {
+/// let sb = Sandbox::builder("worker").image("python").create().await?;
+/// let output = sb.exec("python", ["-c", "print(6 * 7)"]).await?;
+/// assert_eq!(output.stdout(), "42\n");
+/// sb.stop().await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Sandbox {
     dir: SandboxDir,
@@ -49,6 +60,19 @@ pub struct Sandbox {
 }
 
 /// How a sandbox is started.
+///
+/// ```no_run
+/// use microsandbox::rundir::Home;
+///
+/// # use microsandbox::{Launch, MicrosandboxResult, Sandbox};
+/// # async fn example() -> MicrosandboxResult<()> {
+/// let launch = Launch { attached: true, progress: &|step| eprintln!("{step}") };
+/// let spec = Sandbox::builder("worker").image("python").build()?;
+/// let sb = Sandbox::launch(&Home::from_env()?, spec, launch).await?;
+/// # let _ = sb;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy)]
 pub struct Launch<'a> {
     /// It ends when this process does.
@@ -59,6 +83,13 @@ pub struct Launch<'a> {
 
 impl Launch<'_> {
     /// A sandbox that outlives its caller, started without a word.
+    ///
+    /// ```
+    /// use microsandbox::Launch;
+    ///
+    /// let launch = Launch { progress: &|step| eprintln!("{step}"), ..Launch::detached() };
+    /// assert!(!launch.attached);
+    /// ```
     pub fn detached() -> Self {
         Launch {
             attached: false,
@@ -69,6 +100,18 @@ impl Launch<'_> {
 
 impl Sandbox {
     /// Makes a sandbox and starts it. When it does not start, nothing of it is left.
+    ///
+    /// ```no_run
+    /// use microsandbox::rundir::Home;
+    ///
+    /// # use microsandbox::{Launch, MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// let spec = Sandbox::builder("worker").image("python").build()?;
+    /// let sb = Sandbox::launch(&Home::from_env()?, spec, Launch::detached()).await?;
+    /// println!("{} runs", sb.name());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -92,6 +135,18 @@ impl Sandbox {
     }
 
     /// Starts a sandbox that does not run.
+    ///
+    /// ```no_run
+    /// use microsandbox::{rundir::Home, spec::SandboxName};
+    ///
+    /// # use microsandbox::{Launch, MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// let name = SandboxName::try_from("worker".to_owned())?;
+    /// let sb = Sandbox::start(&Home::from_env()?, &name, Launch::detached()).await?;
+    /// println!("{} runs again", sb.name());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -117,6 +172,18 @@ impl Sandbox {
     }
 
     /// Connects to a sandbox that runs.
+    ///
+    /// ```no_run
+    /// use microsandbox::{rundir::Home, spec::SandboxName};
+    ///
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// let name = SandboxName::try_from("worker".to_owned())?;
+    /// let sb = Sandbox::connect(&Home::from_env()?, &name).await?;
+    /// println!("{}", sb.exec("date", ["-u"]).await?.stdout());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -144,21 +211,55 @@ impl Sandbox {
     }
 
     /// Its name.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// let sb = Sandbox::builder("worker").image("python").create().await?;
+    /// assert_eq!(sb.name(), "worker");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn name(&self) -> &str {
         self.dir.name().as_str()
     }
 
     /// The request that it was made from.
+    ///
+    /// ```no_run
+    /// # use microsandbox::Sandbox;
+    /// # fn example(sandbox: &Sandbox) {
+    /// let spec = sandbox.spec();
+    /// println!("{} CPUs, {} MiB, {} volumes", spec.cpus, spec.memory.0, spec.mounts.len());
+    /// # }
+    /// ```
     pub fn spec(&self) -> &SandboxSpec {
         &self.spec
     }
 
     /// Its folder, with its logs.
+    ///
+    /// ```no_run
+    /// # use microsandbox::Sandbox;
+    /// # fn example(sandbox: &Sandbox) {
+    /// println!("what detached commands print: {}", sandbox.dir().output_log().display());
+    /// println!("what the guest's kernel says: {}", sandbox.dir().console_log().display());
+    /// # }
+    /// ```
     pub fn dir(&self) -> &SandboxDir {
         &self.dir
     }
 
     /// What it is doing.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let state = sandbox.state()?;
+    /// println!("{:?} since {:?}", state.status, state.started_at_ms);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -168,12 +269,31 @@ impl Sandbox {
     }
 
     /// Milliseconds that its start took.
+    ///
+    /// ```no_run
+    /// # use microsandbox::Sandbox;
+    /// # fn example(sandbox: &Sandbox) {
+    /// if let Some(ms) = sandbox.boot_ms() {
+    ///     println!("ready after {ms} ms");
+    /// }
+    /// # }
+    /// ```
     pub fn boot_ms(&self) -> Option<u64> {
         self.boot_ms
     }
 
     /// Program and arguments that run when a user gives `command`, which may be empty: the
     /// entrypoint comes first, the image's own arguments stand in for none.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let argv = sandbox.main_command(&["--version".to_owned()]);
+    /// let command = ExecOptions::new(&argv[0]).args(&argv[1..]);
+    /// print!("{}", sandbox.exec_with(command)?.output().await?.stdout());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn main_command(&self, command: &[String]) -> Vec<String> {
         let entrypoint = self.spec.process.entrypoint.as_ref();
         let mut argv = entrypoint.unwrap_or(&self.image.entrypoint).clone();
@@ -188,6 +308,15 @@ impl Sandbox {
     }
 
     /// Runs a command and waits for its end. It reads nothing from its standard input.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.exec("pip", ["install", "requests"]).await?;
+    /// println!("{}: {}", output.code(), output.stdout());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -204,6 +333,15 @@ impl Sandbox {
 
     /// Runs a line of the guest's shell and waits for its end.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let output = sandbox.shell("ls /app/data | wc -l").await?;
+    /// println!("{} files", output.stdout().trim());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// As [`Sandbox::exec`].
@@ -212,6 +350,16 @@ impl Sandbox {
     }
 
     /// Starts a command and gives a handle to it.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let tests = ExecOptions::new("pytest").args(["-q"]).cwd("/app/src").env("CI", "1");
+    /// let output = sandbox.exec_with(tests)?.output().await?;
+    /// assert!(output.success(), "{}", output.stdout());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -223,6 +371,15 @@ impl Sandbox {
 
     /// Ends it: commands are asked to end, file systems are synced and unmounted.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// let sb = Sandbox::get("worker").await?.connect().await?;
+    /// sb.stop().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::Boot`] when something broke meanwhile.
@@ -231,6 +388,16 @@ impl Sandbox {
     }
 
     /// Ends it, by force when that takes longer than `limit`.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// sandbox.stop_within(Duration::from_secs(60)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -246,6 +413,15 @@ impl Sandbox {
 
     /// Ends it at once; what the guest has not written yet is lost.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// sandbox.kill().await?;
+    /// Sandbox::remove(sandbox.name()).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// As [`Sandbox::stop`].
@@ -255,6 +431,16 @@ impl Sandbox {
     }
 
     /// Waits until it has ended.
+    ///
+    /// ```no_run
+    /// # use microsandbox::Sandbox;
+    /// # async fn example(sandbox: &Sandbox) {
+    /// match sandbox.wait().await {
+    ///     Ok(()) => println!("{} was stopped", sandbox.name()),
+    ///     Err(error) => println!("{} broke down: {error}", sandbox.name()),
+    /// }
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

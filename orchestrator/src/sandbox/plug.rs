@@ -13,6 +13,15 @@ impl Sandbox {
     /// Mounts one more volume at `path`, described as for
     /// [`SandboxBuilder::volume`](crate::SandboxBuilder::volume). It is there after a restart.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// sandbox.mount("/app/data", |v| v.bind("./data").readonly()).await?;
+    /// print!("{}", sandbox.exec("ls", ["/app/data"]).await?.stdout());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// Everything that can be known before anything is started comes first, with
@@ -28,6 +37,16 @@ impl Sandbox {
 
     /// Adds a mount, as [`Sandbox::mount`].
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox, other: &Sandbox) -> MicrosandboxResult<()> {
+    /// for mount in other.mounts()? {
+    ///     sandbox.add_mount(mount).await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// As [`Sandbox::mount`].
@@ -38,6 +57,17 @@ impl Sandbox {
 
     /// Removes the mount at `path`. With `force` also while something in the sandbox uses it, which
     /// then fails.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{ErrorKind, MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// if let Err(error) = sandbox.unmount("/app/data", false).await {
+    ///     assert_eq!(error.kind(), ErrorKind::InUse);
+    ///     sandbox.unmount("/app/data", true).await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -58,6 +88,16 @@ impl Sandbox {
     }
 
     /// Its volumes as they are now.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// for mount in sandbox.mounts()? {
+    ///     println!("{}", mount.target.as_str());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

@@ -44,6 +44,16 @@ pub struct VolumeFsHandle {
 }
 
 /// A name in a directory of a volume.
+///
+/// ```no_run
+/// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+/// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+/// for entry in fs.list("/").await? {
+///     println!("{} {}", entry.name.display(), entry.metadata.len);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FsEntry {
     /// The name; a guest may use any bytes.
@@ -56,6 +66,15 @@ pub struct FsEntry {
 ///
 /// Owners and modes that a guest set are kept beside the file (see
 /// [`StatVirtualization`](crate::StatVirtualization)) and do not show here.
+///
+/// ```no_run
+/// # use microsandbox::{FsMetadata, MicrosandboxResult, VolumeFsHandle};
+/// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+/// let FsMetadata { len, mode, .. } = fs.stat("wheels/README").await?;
+/// println!("{len} bytes, mode {mode:o}");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FsMetadata {
     /// Its kind.
@@ -69,6 +88,18 @@ pub struct FsMetadata {
 }
 
 /// What kind of thing a path of a volume is.
+///
+/// ```no_run
+/// # use microsandbox::{FsEntryKind, MicrosandboxResult, VolumeFsHandle};
+/// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+/// for entry in fs.list("/").await? {
+///     if entry.metadata.kind == FsEntryKind::Directory {
+///         println!("{}/", entry.name.display());
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FsEntryKind {
     /// A regular file.
@@ -132,6 +163,15 @@ impl VolumeFsHandle {
     }
 
     /// The whole content of a file.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let wheel = fs.read("wheels/requests.whl").await?;
+    /// assert!(wheel.starts_with(b"PK"));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn read(&self, path: &str) -> MicrosandboxResult<Vec<u8>> {
         let shown = path.to_owned();
         self.run(path, move |root, path| {
@@ -144,6 +184,14 @@ impl VolumeFsHandle {
     }
 
     /// The whole content of a file as text.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// print!("{}", fs.read_to_string("wheels/README").await?);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
@@ -159,6 +207,17 @@ impl VolumeFsHandle {
     }
 
     /// A file, to be read in pieces of up to 64 KiB.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let mut stream = fs.read_stream("dataset.csv").await?;
+    /// while let Some(chunk) = stream.recv().await? {
+    ///     println!("{} more bytes", chunk.len());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn read_stream(&self, path: &str) -> MicrosandboxResult<VolumeReadStream> {
         let file = self.run(path, Root::read).await?;
         Ok(VolumeReadStream {
@@ -167,6 +226,15 @@ impl VolumeFsHandle {
     }
 
     /// Replaces the content of a file, which is made with its parents when it is missing.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// fs.write("wheels/README", "filled by the host\n").await?;
+    /// fs.write("/empty", b"").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn write(&self, path: &str, content: impl AsRef<[u8]>) -> MicrosandboxResult<()> {
         let content = content.as_ref().to_owned();
         self.run(path, move |root, path| {
@@ -177,6 +245,16 @@ impl VolumeFsHandle {
     }
 
     /// A file to be written in pieces, made with its parents when it is missing.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let mut stream = fs.write_stream("logs/today").await?;
+    /// stream.write("first line\n").await?;
+    /// stream.close().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn write_stream(&self, path: &str) -> MicrosandboxResult<VolumeWriteStream> {
         let file = self.run(path, Root::write).await?;
         Ok(VolumeWriteStream {
@@ -185,6 +263,16 @@ impl VolumeFsHandle {
     }
 
     /// What is in a directory, by name.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// for entry in fs.list("wheels").await? {
+    ///     println!("{}", entry.name.display());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn list(&self, path: &str) -> MicrosandboxResult<Vec<FsEntry>> {
         let entries = self.run(path, Root::list).await?;
         let entry = |(name, stat): (OsString, Stat)| FsEntry {
@@ -195,21 +283,56 @@ impl VolumeFsHandle {
     }
 
     /// Makes a directory and its parents; one that is there already is left as it is.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// fs.mkdir("wheels/cp313").await?;
+    /// assert!(fs.exists("wheels").await?);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn mkdir(&self, path: &str) -> MicrosandboxResult<()> {
         self.run(path, Root::mkdir).await
     }
 
     /// Removes a file, a symbolic link or an empty directory.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// fs.remove("wheels/README").await?;
+    /// assert!(!fs.exists("wheels/README").await?);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn remove(&self, path: &str) -> MicrosandboxResult<()> {
         self.run(path, Root::remove).await
     }
 
     /// Removes a directory with everything in it.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// fs.write("old/wheels/README", "filled by the host").await?;
+    /// fs.remove_dir("old").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn remove_dir(&self, path: &str) -> MicrosandboxResult<()> {
         self.run(path, Root::remove_dir).await
     }
 
     /// Copies a file within the volume; the copy is made with its parents when it is missing.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// fs.copy("settings.toml", "backup/settings.toml").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn copy(&self, from: &str, to: &str) -> MicrosandboxResult<()> {
         let to = to.to_owned();
         self.run(from, move |root, from| {
@@ -222,6 +345,15 @@ impl VolumeFsHandle {
     }
 
     /// Renames within the volume; what has the new name already is replaced.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// fs.write("state.json.new", "{}").await?;
+    /// fs.rename("state.json.new", "state.json").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn rename(&self, from: &str, to: &str) -> MicrosandboxResult<()> {
         let to = to.to_owned();
         self.run(from, move |root, from| root.rename(from, &to))
@@ -229,11 +361,30 @@ impl VolumeFsHandle {
     }
 
     /// What a path is, at the end of all symbolic links.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let stat = fs.stat("wheels/README").await?;
+    /// println!("{} bytes, changed {:?} ago", stat.len, stat.modified.elapsed());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn stat(&self, path: &str) -> MicrosandboxResult<FsMetadata> {
         Ok(metadata(&self.run(path, Root::stat).await?))
     }
 
     /// Whether there is something at a path, at the end of all symbolic links.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// if !fs.exists("wheels").await? {
+    ///     fs.mkdir("wheels").await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn exists(&self, path: &str) -> MicrosandboxResult<bool> {
         self.run(path, Root::exists).await
     }
@@ -262,6 +413,17 @@ impl VolumeFsHandle {
 
 impl VolumeReadStream {
     /// The next piece, or nothing at the end of the file.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let mut stream = fs.read_stream("dataset.csv").await?;
+    /// if let Some(chunk) = stream.recv().await? {
+    ///     println!("begins with {:?}", chunk.first());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn recv(&mut self) -> MicrosandboxResult<Option<Vec<u8>>> {
         let file = Arc::clone(&self.file);
         blocking(move || {
@@ -277,6 +439,16 @@ impl VolumeReadStream {
     }
 
     /// Everything that is left.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let mut stream = fs.read_stream("dataset.csv").await?;
+    /// let first = stream.recv().await?;
+    /// println!("{:?}, then {} bytes", first.map(|f| f.len()), stream.collect().await?.len());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn collect(mut self) -> MicrosandboxResult<Vec<u8>> {
         let mut content = Vec::new();
         while let Some(chunk) = self.recv().await? {
@@ -288,6 +460,18 @@ impl VolumeReadStream {
 
 impl VolumeWriteStream {
     /// Writes the next piece.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let mut stream = fs.write_stream("numbers").await?;
+    /// for number in 0..1000 {
+    ///     stream.write(format!("{number}\n")).await?;
+    /// }
+    /// stream.close().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn write(&mut self, chunk: impl AsRef<[u8]>) -> MicrosandboxResult<()> {
         let (file, chunk) = (Arc::clone(&self.file), chunk.as_ref().to_owned());
         blocking(move || {
@@ -299,6 +483,17 @@ impl VolumeWriteStream {
     }
 
     /// Ends the file. What was written is on the host's disk when this returns.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, VolumeFsHandle};
+    /// # async fn example(fs: &VolumeFsHandle) -> MicrosandboxResult<()> {
+    /// let mut stream = fs.write_stream("seed").await?;
+    /// stream.write([0_u8; 4096]).await?;
+    /// stream.close().await?;
+    /// assert_eq!(fs.stat("seed").await?.len, 4096);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn close(self) -> MicrosandboxResult<()> {
         blocking(move || {
             self.file

@@ -9,6 +9,16 @@ use crate::rundir::Home;
 use crate::spec::{Access, MountSource, SandboxName, VolumeName};
 
 /// A sandbox that mounts a volume.
+///
+/// ```no_run
+/// # use microsandbox::{MicrosandboxResult, VolumeHandle, VolumeUse};
+/// # async fn example(volume: &VolumeHandle) -> MicrosandboxResult<()> {
+/// for VolumeUse { sandbox, running, .. } in volume.used_by().await? {
+///     println!("{} {}", sandbox.as_str(), if running { "runs" } else { "is stopped" });
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct VolumeUse {
     /// The sandbox.

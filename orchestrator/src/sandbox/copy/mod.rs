@@ -41,6 +41,17 @@ impl Sandbox {
     /// with `/.`. Modes are kept, owners and set-id bits are not. `progress` is called with the
     /// number of bytes so far.
     ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// let copied = sandbox.copy_in("./data", "/srv", &|bytes| eprint!("\r{bytes}")).await?;
+    /// for left_out in copied.left_out {
+    ///     eprintln!("left out: {left_out}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::Io`] when one of the sides cannot read or write.
@@ -95,6 +106,15 @@ impl Sandbox {
     /// Where it goes is decided as in [`Sandbox::copy_in`]. The sandbox is not trusted: nothing is
     /// written outside of the place that `to` names, set-id bits are dropped, and special files are
     /// left out. Symbolic links are copied as they are, and lead where their maker chose.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, Sandbox};
+    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
+    /// // The content of `/srv/result`, not the directory itself.
+    /// sandbox.copy_out("/srv/result/.", "./result", &|_| {}).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
