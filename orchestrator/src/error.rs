@@ -87,6 +87,12 @@ struct Inner {
 
 impl Error {
     /// An error of `kind` that says `message`: lower case, no full stop, without its cause.
+    ///
+    /// ```
+    /// # use microsandbox::{Error, ErrorKind};
+    /// let error = Error::new(ErrorKind::InUse, "volume `data` is in use");
+    /// assert_eq!(error.to_string(), "volume `data` is in use");
+    /// ```
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -131,6 +137,12 @@ impl Error {
     }
 
     /// Names the value that is at fault.
+    ///
+    /// ```
+    /// # use microsandbox::{Error, ErrorKind};
+    /// let error = Error::new(ErrorKind::InvalidConfig, "`9Q` is not a size").with_value("9Q");
+    /// assert_eq!(error.value(), Some("9Q"));
+    /// ```
     #[must_use]
     pub fn with_value(mut self, value: impl Into<String>) -> Self {
         self.0.value = Some(value.into());
@@ -138,6 +150,13 @@ impl Error {
     }
 
     /// Says what the user can do about it.
+    ///
+    /// ```
+    /// # use microsandbox::{Error, ErrorKind};
+    /// let error = Error::new(ErrorKind::InUse, "volume `data` is in use")
+    ///     .with_hint("stop the sandbox `worker`");
+    /// assert_eq!(error.hint(), Some("stop the sandbox `worker`"));
+    /// ```
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());
@@ -145,6 +164,13 @@ impl Error {
     }
 
     /// Keeps the cause.
+    ///
+    /// ```
+    /// # use microsandbox::{Error, ErrorKind};
+    /// let cause = "12x".parse::<u32>().unwrap_err();
+    /// let error = Error::new(ErrorKind::InvalidConfig, "`12x` is not a uid").with_source(cause);
+    /// assert!(std::error::Error::source(&error).is_some());
+    /// ```
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.0.source = Some(source.into());
@@ -152,21 +178,51 @@ impl Error {
     }
 
     /// Its class.
+    ///
+    /// ```
+    /// use microsandbox::{ErrorKind, Sandbox};
+    ///
+    /// let error = Sandbox::builder("worker").build().unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+    /// ```
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
     /// The value that is at fault, when there is a single one.
+    ///
+    /// ```
+    /// use microsandbox::Sandbox;
+    ///
+    /// let error = Sandbox::builder("my worker").image("alpine").build().unwrap_err();
+    /// assert_eq!(error.value(), Some("my worker"));
+    /// ```
     pub fn value(&self) -> Option<&str> {
         self.0.value.as_deref()
     }
 
     /// What the user can do about it.
+    ///
+    /// ```
+    /// use microsandbox::Sandbox;
+    ///
+    /// let error = Sandbox::builder("worker").build().unwrap_err();
+    /// assert_eq!(error.to_string(), "no image set");
+    /// assert_eq!(error.hint(), Some("call image()"));
+    /// ```
     pub fn hint(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }
 
     /// What else is wrong with the same request.
+    ///
+    /// ```
+    /// use microsandbox::Sandbox;
+    ///
+    /// let error = Sandbox::builder("worker").cpus(0).volume("/x", |v| v).build().unwrap_err();
+    /// let more: Vec<_> = error.also().iter().map(ToString::to_string).collect();
+    /// assert_eq!(more, ["a sandbox needs a CPU", "volume at `/x`: no mount type set"]);
+    /// ```
     pub fn also(&self) -> &[Self] {
         &self.0.also
     }

@@ -8,6 +8,15 @@ use crate::volume;
 ///
 /// What somebody is still at work on is left alone. What cannot be removed now is found again by
 /// the next call; nothing depends on its having been removed.
+///
+/// ```no_run
+/// use microsandbox::{mend, rundir::Home};
+///
+/// # fn main() -> microsandbox::MicrosandboxResult<()> {
+/// mend(&Home::from_env()?);
+/// # Ok(())
+/// # }
+/// ```
 pub fn mend(home: &Home) {
     home.sweep();
     volume::mend(home);

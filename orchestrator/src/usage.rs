@@ -9,6 +9,17 @@ use crate::volume::{self, Size};
 use crate::{MicrosandboxResult, mend};
 
 /// One thing in the state folder.
+///
+/// ```no_run
+/// use microsandbox::{Usage, rundir::Home, usage};
+///
+/// # fn main() -> microsandbox::MicrosandboxResult<()> {
+/// for Usage { name, allocated_bytes, in_use, .. } in usage(&Home::from_env()?)? {
+///     println!("{name}: {} MiB{}", allocated_bytes >> 20, if in_use { ", in use" } else { "" });
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Usage {
     /// What it is.
@@ -27,6 +38,16 @@ pub struct Usage {
 }
 
 /// The kinds of things in the state folder.
+///
+/// ```no_run
+/// use microsandbox::{UsageClass, rundir::Home, usage};
+///
+/// # fn main() -> microsandbox::MicrosandboxResult<()> {
+/// let mut all = usage(&Home::from_env()?)?;
+/// all.retain(|thing| thing.class == UsageClass::DiskVolume);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UsageClass {
@@ -43,6 +64,16 @@ pub enum UsageClass {
 }
 
 /// Measures everything in the state folder, kind by kind, by name.
+///
+/// ```no_run
+/// use microsandbox::{rundir::Home, usage};
+///
+/// # fn main() -> microsandbox::MicrosandboxResult<()> {
+/// let free: u64 = usage(&Home::from_env()?)?.iter().map(|thing| thing.reclaimable_bytes).sum();
+/// println!("{} MiB could be freed", free >> 20);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 ///

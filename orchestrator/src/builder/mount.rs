@@ -107,17 +107,42 @@ impl MountBuilder {
     }
 
     /// Mounts a directory, or a single file, of the host. What either side changes, the other sees.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let spec = sb.volume("/app/src", |v| v.bind("./src").readonly()).build()?;
+    /// assert!(matches!(spec.mounts[0].source, MountSource::Bind { .. }));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn bind(mut self, host_path: impl Into<PathBuf>) -> Self {
         self.sources.push(Source::Bind(host_path.into()));
         self
     }
 
     /// Mounts a named volume, which must exist.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/root/.cache/pip", |v| v.named("pip-cache")).build()?;
+    /// assert!(matches!(spec.mounts[0].source, MountSource::Named { .. }));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn named(self, name: impl Into<String>) -> Self {
         self.named_with(name, |volume| volume)
     }
 
     /// Mounts a named volume, and says what to do when it exists or is missing.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let sb = sb.volume("/var/lib/docker", |v| {
+    ///     v.named_with("docker-data", |n| n.ensure_exists().disk().size(20 * 1024))
+    /// });
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn named_with(
         mut self,
         name: impl Into<String>,
@@ -133,72 +158,166 @@ impl MountBuilder {
     }
 
     /// Mounts the file system of a disk image of the host.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("seeded").image("alpine");
+    /// let spec = sb.volume("/seed", |v| v.disk("./seed.raw").readonly().noexec()).build()?;
+    /// assert!(matches!(spec.mounts[0].source, MountSource::Disk { .. }));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn disk(mut self, host_path: impl Into<PathBuf>) -> Self {
         self.sources.push(Source::Disk(host_path.into()));
         self
     }
 
     /// Mounts memory of the sandbox, which is gone when it stops.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/tmp/scratch", |v| v.tmpfs().noexec()).build()?;
+    /// assert_eq!(spec.mounts[0].source, MountSource::Tmpfs { size: None });
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn tmpfs(mut self) -> Self {
         self.sources.push(Source::Tmpfs);
         self
     }
 
     /// Format of a [disk](Self::disk) image; when this is not called its extension says.
+    ///
+    /// ```
+    /// # use microsandbox::{DiskImageFormat, Sandbox};
+    /// let sb = Sandbox::builder("full").image("python");
+    /// let sb = sb.volume("/dataset", |v| v.disk("./data.img").format(DiskImageFormat::Qcow2));
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn format(mut self, format: DiskImageFormat) -> Self {
         self.format = Some(format);
         self
     }
 
     /// File system of a [disk](Self::disk) image; when this is not called the guest finds out.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("seeded").image("alpine");
+    /// let sb = sb.volume("/seed", |v| v.disk("./seed.raw").fstype("ext4"));
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn fstype(mut self, fstype: impl Into<String>) -> Self {
         self.fstype = Some(fstype.into());
         self
     }
 
     /// Size limit of a [tmpfs](Self::tmpfs): a number of MiB, or `2.gib()`.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/tmp", |v| v.tmpfs().size(2.gib())).build()?;
+    /// assert_eq!(spec.mounts[0].source, MountSource::Tmpfs { size: Some(2.gib()) });
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn size(mut self, mib: impl Into<Mebibytes>) -> Self {
         self.size = Some(mib.into());
         self
     }
 
     /// The guest cannot write, whatever it does.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::Access};
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let spec = sb.volume("/app/src", |v| v.bind("./src").readonly()).build()?;
+    /// assert_eq!(spec.mounts[0].access, Access::ReadOnly);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn readonly(mut self) -> Self {
         self.access = Access::ReadOnly;
         self
     }
 
     /// Nothing can be executed from it. Interpreters still read scripts from it.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let spec = sb.volume("/app/src", |v| v.bind("./src").noexec()).build()?;
+    /// assert!(spec.mounts[0].noexec);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn noexec(mut self) -> Self {
         self.noexec = true;
         self
     }
 
     /// Set-id bits have no effect.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/tmp", |v| v.tmpfs().nosuid()).build()?;
+    /// assert!(spec.mounts[0].nosuid);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn nosuid(mut self) -> Self {
         self.nosuid = true;
         self
     }
 
     /// Device files open no devices.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/tmp", |v| v.tmpfs().nodev()).build()?;
+    /// assert!(spec.mounts[0].nodev);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn nodev(mut self) -> Self {
         self.nodev = true;
         self
     }
 
     /// Where owners, modes and special files of a shared directory are kept.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, StatVirtualization};
+    /// let sb = Sandbox::builder("full").image("python").volume("/root/.cache/pip", |v| {
+    ///     v.named("pip-cache").stat_virtualization(StatVirtualization::Relaxed)
+    /// });
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn stat_virtualization(mut self, mode: StatVirtualization) -> Self {
         self.share.stat_virtualization = Some(mode);
         self
     }
 
     /// What modes the files of a shared directory get on the host.
+    ///
+    /// ```
+    /// # use microsandbox::{HostPermissions, Sandbox};
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let sb = sb.volume("/out", |v| v.bind("./out").host_permissions(HostPermissions::Mirror));
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn host_permissions(mut self, mode: HostPermissions) -> Self {
         self.share.host_permissions = Some(mode);
         self
     }
 
     /// uid and gid of every file of a shared directory that has no recorded owner.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let spec = sb.volume("/data", |v| v.bind("./data").owner(1000, 1000)).build()?;
+    /// let MountSource::Bind { share, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(share.owner, Some((1000, 1000)));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn owner(mut self, uid: u32, gid: u32) -> Self {
         self.share.owner = Some((uid, gid));
         self
@@ -206,12 +325,28 @@ impl MountBuilder {
 
     /// Limit on what the guest may add to a [bound](Self::bind) directory. A named volume has its
     /// own: see [`NamedVolumeBuilder::quota`].
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt, spec::MountSource};
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let spec = sb.volume("/out", |v| v.bind("./out").quota(1.gib())).build()?;
+    /// let MountSource::Bind { share, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(share.quota, Some(1.gib()));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn quota(mut self, size: impl Into<Mebibytes>) -> Self {
         self.share.quota = Some(size.into());
         self
     }
 
     /// How much of a shared directory the guest keeps in its caches.
+    ///
+    /// ```
+    /// # use microsandbox::{CachePolicy, Sandbox};
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let sb = sb.volume("/models", |v| v.bind("./models").readonly().cache(CachePolicy::Always));
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn cache(mut self, policy: CachePolicy) -> Self {
         self.share.cache = Some(policy);
         self
@@ -219,6 +354,13 @@ impl MountBuilder {
 
     /// Lets the path of a [bound](Self::bind) directory lead through symbolic links. Whoever can
     /// change one of them chooses what a later start mounts.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("dev").image("python");
+    /// let sb = sb.volume("/app", |v| v.bind("./current").follow_root_symlinks());
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn follow_root_symlinks(mut self) -> Self {
         self.follow_root_symlinks = true;
         self
@@ -321,24 +463,60 @@ impl MountBuilder {
 
 impl NamedVolumeBuilder {
     /// It must exist. This is the default.
+    ///
+    /// ```
+    /// # use microsandbox::{NamedVolumeMode, Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/cache", |v| v.named_with("cache", |n| n.existing())).build()?;
+    /// let MountSource::Named { mode, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(*mode, NamedVolumeMode::Existing);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn existing(mut self) -> Self {
         self.mode = NamedVolumeMode::Existing;
         self
     }
 
     /// It is made, and must not exist.
+    ///
+    /// ```
+    /// # use microsandbox::{NamedVolumeMode, Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/cache", |v| v.named_with("cache", |n| n.create())).build()?;
+    /// let MountSource::Named { mode, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(*mode, NamedVolumeMode::Create);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn create(mut self) -> Self {
         self.mode = NamedVolumeMode::Create;
         self
     }
 
     /// It is made when it is missing, and reused when it is what is asked for.
+    ///
+    /// ```
+    /// # use microsandbox::{NamedVolumeMode, Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/cache", |v| v.named_with("cache", |n| n.ensure_exists())).build()?;
+    /// let MountSource::Named { mode, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(*mode, NamedVolumeMode::EnsureExists);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn ensure_exists(mut self) -> Self {
         self.mode = NamedVolumeMode::EnsureExists;
         self
     }
 
     /// It is a directory. This is the default.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, VolumeKind, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/x", |v| v.named_with("x", |n| n.create().directory())).build()?;
+    /// let MountSource::Named { request, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(request.kind, Some(VolumeKind::Directory));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn directory(mut self) -> Self {
         self.request.kind = Some(VolumeKind::Directory);
         self.request.size = None;
@@ -346,6 +524,15 @@ impl NamedVolumeBuilder {
     }
 
     /// It is a raw disk image with ext4; to make one, [`size`](Self::size) is needed.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, VolumeKind, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/db", |v| v.named_with("db", |n| n.disk())).build()?;
+    /// let MountSource::Named { request, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(request.kind, Some(VolumeKind::Disk));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn disk(mut self) -> Self {
         self.request.kind = Some(VolumeKind::Disk);
         self.request.quota = None;
@@ -353,18 +540,43 @@ impl NamedVolumeBuilder {
     }
 
     /// Capacity of a disk.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let sb = sb.volume("/db", |v| v.named_with("db", |n| n.create().disk().size(1.gib())));
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn size(mut self, size: impl Into<Mebibytes>) -> Self {
         self.request.size = Some(size.into());
         self
     }
 
     /// Quota of a directory.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let sb = sb.volume("/cache", |v| {
+    ///     v.named_with("pip-cache", |n| n.ensure_exists().quota(1.gib()))
+    /// });
+    /// assert!(sb.build().is_ok());
+    /// ```
     pub fn quota(mut self, size: impl Into<Mebibytes>) -> Self {
         self.request.quota = Some(size.into());
         self
     }
 
     /// A label that a new volume gets, and that one that exists must have.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/x", |v| v.named_with("x", |n| n.label("team", "ml"))).build()?;
+    /// let MountSource::Named { request, .. } = &spec.mounts[0].source else { panic!() };
+    /// assert_eq!(request.labels["team"], "ml");
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn label(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
         self.request.labels.insert(key.into(), value.into());
         self

@@ -46,6 +46,13 @@ pub struct SandboxBuilder {
 
 impl Sandbox {
     /// Begins a new sandbox: one virtual CPU, 512 MiB of memory, a root disk of 4 GiB.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt};
+    /// let spec = Sandbox::builder("worker").image("alpine").build()?;
+    /// assert_eq!((spec.name.as_str(), spec.cpus, spec.memory), ("worker", 1, 512.mib()));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn builder(name: impl Into<String>) -> SandboxBuilder {
         SandboxBuilder {
             name: name.into(),
@@ -66,6 +73,15 @@ impl Sandbox {
 impl SandboxBuilder {
     /// Where its root file system comes from: a name in the local store, or a host path (beginning
     /// with `/`, `./` or `../`) of a directory or a disk image.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::ImageSource};
+    /// let stored = Sandbox::builder("worker").image("alpine:3.20").build()?;
+    /// assert!(matches!(stored.image, ImageSource::Stored { .. }));
+    /// let own = Sandbox::builder("worker").image("./rootfs").build()?;
+    /// assert!(matches!(own.image, ImageSource::Directory { .. }));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn image(mut self, image: impl Into<String>) -> Self {
         self.image = Some(image.into());
         self
@@ -93,78 +109,170 @@ impl SandboxBuilder {
     }
 
     /// Number of virtual CPUs.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let spec = Sandbox::builder("worker").image("alpine").cpus(4).build()?;
+    /// assert_eq!(spec.cpus, 4);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn cpus(mut self, cpus: u8) -> Self {
         self.cpus = cpus;
         self
     }
 
     /// Memory: a number of MiB, or `2.gib()`.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt};
+    /// let spec = Sandbox::builder("worker").image("alpine").memory(2.gib()).build()?;
+    /// assert_eq!(spec.memory, 2048.mib());
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn memory(mut self, size: impl Into<Mebibytes>) -> Self {
         self.memory = size.into();
         self
     }
 
     /// Size of the disk that takes what the sandbox writes to its root file system.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt};
+    /// let spec = Sandbox::builder("worker").image("alpine").root_disk(20.gib()).build()?;
+    /// assert_eq!(spec.root_disk, 20.gib());
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn root_disk(mut self, size: impl Into<Mebibytes>) -> Self {
         self.root_disk = size.into();
         self
     }
 
     /// What commands in it may do.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SecurityProfile};
+    /// let sb = Sandbox::builder("ci").image("python").security(SecurityProfile::Restricted);
+    /// assert_eq!(sb.build()?.security, SecurityProfile::Restricted);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn security(mut self, profile: SecurityProfile) -> Self {
         self.security = profile;
         self
     }
 
     /// Adds an environment variable.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let spec = Sandbox::builder("worker").image("alpine").env("LANG", "C.UTF-8").build()?;
+    /// assert_eq!(spec.process.env, [("LANG".to_owned(), "C.UTF-8".to_owned())]);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.process.env.push((name.into(), value.into()));
         self
     }
 
     /// Working directory of commands.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let spec = Sandbox::builder("worker").image("alpine").workdir("/app").build()?;
+    /// assert_eq!(spec.process.workdir.as_deref(), Some("/app"));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn workdir(mut self, dir: impl Into<String>) -> Self {
         self.process.workdir = Some(dir.into());
         self
     }
 
     /// User that commands run as: `name`, `uid`, `name:group` or `uid:gid`.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let spec = Sandbox::builder("worker").image("alpine").user("1000:1000").build()?;
+    /// assert_eq!(spec.process.user.as_deref(), Some("1000:1000"));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.process.user = Some(user.into());
         self
     }
 
     /// Host name of the guest; the sandbox's name when this is not called.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let spec = Sandbox::builder("worker").image("alpine").hostname("build").build()?;
+    /// assert_eq!(spec.process.hostname.as_deref(), Some("build"));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn hostname(mut self, name: impl Into<String>) -> Self {
         self.process.hostname = Some(name.into());
         self
     }
 
     /// Program and leading arguments in place of the image's entrypoint.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("worker").image("python").entrypoint(["python3", "-u"]);
+    /// assert_eq!(sb.build()?.process.entrypoint.unwrap(), ["python3", "-u"]);
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn entrypoint<T: Into<String>>(mut self, argv: impl IntoIterator<Item = T>) -> Self {
         self.process.entrypoint = Some(argv.into_iter().map(Into::into).collect());
         self
     }
 
     /// Adds a label.
+    ///
+    /// ```
+    /// # use microsandbox::Sandbox;
+    /// let spec = Sandbox::builder("worker").image("alpine").label("team", "ml").build()?;
+    /// assert_eq!(spec.labels["team"], "ml");
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn label(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
         self.labels.insert(key.into(), value.into());
         self
     }
 
     /// Program that runs the VM; the best one found when this is not called.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, VmmKind};
+    /// let sb = Sandbox::builder("worker").image("alpine").vmm(VmmKind::CloudHypervisor);
+    /// assert_eq!(sb.build()?.vmm, Some(VmmKind::CloudHypervisor));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn vmm(mut self, vmm: VmmKind) -> Self {
         self.vmm = Some(vmm);
         self
     }
 
     /// How the VM's processor is made; by hardware where that works when this is not called.
+    ///
+    /// ```
+    /// # use microsandbox::{Accel, Sandbox, VmmKind};
+    /// let sb = Sandbox::builder("ci").image("alpine").vmm(VmmKind::Qemu).accel(Accel::Tcg);
+    /// assert_eq!(sb.build()?.accel, Some(Accel::Tcg));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     pub fn accel(mut self, accel: Accel) -> Self {
         self.accel = Some(accel);
         self
     }
 
     /// What was described, checked as far as that is possible without looking at the host.
+    ///
+    /// ```
+    /// use microsandbox::Sandbox;
+    ///
+    /// let error = Sandbox::builder("-bad").image("alpine").cpus(0).build().unwrap_err();
+    /// assert_eq!(error.value(), Some("-bad"));
+    /// assert_eq!(error.also()[0].to_string(), "a sandbox needs a CPU");
+    /// ```
     ///
     /// # Errors
     ///
@@ -218,6 +326,16 @@ impl SandboxBuilder {
     }
 
     /// Makes the sandbox and starts it. When it does not start, nothing of it is left.
+    ///
+    /// ```no_run
+    /// # async fn example() -> microsandbox::MicrosandboxResult<()> {
+    /// # use microsandbox::Sandbox;
+    /// let sb = Sandbox::builder("worker").image("alpine").create().await?;
+    /// println!("{}", sb.shell("uname -a").await?.stdout());
+    /// sb.stop().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

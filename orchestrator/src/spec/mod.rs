@@ -25,6 +25,14 @@ pub use size::{Mebibytes, SizeError, SizeExt};
 pub(crate) use source::absolute;
 
 /// A sandbox as it was asked for.
+///
+/// ```
+/// use microsandbox::{Sandbox, SizeExt};
+///
+/// let spec = Sandbox::builder("worker").image("alpine").cpus(2).memory(1.gib()).build()?;
+/// assert_eq!((spec.name.as_str(), spec.cpus, spec.memory), ("worker", 2, 1.gib()));
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SandboxSpec {
     /// Its name.
@@ -54,6 +62,15 @@ pub struct SandboxSpec {
 }
 
 /// What a command gets unless it says otherwise; absent values come from the image.
+///
+/// ```
+/// use microsandbox::Sandbox;
+///
+/// let spec = Sandbox::builder("worker").image("python").workdir("/app").user("1000").build()?;
+/// assert_eq!(spec.process.workdir.as_deref(), Some("/app"));
+/// assert_eq!(spec.process.hostname, None);
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessSpec {
     /// Program and leading arguments in place of the image's entrypoint.
@@ -69,6 +86,15 @@ pub struct ProcessSpec {
 }
 
 /// Where a root file system comes from.
+///
+/// ```
+/// use microsandbox::{Sandbox, spec::ImageSource};
+///
+/// let spec = Sandbox::builder("worker").image("alpine:3.20").build()?;
+/// let reference = "alpine:3.20".to_owned();
+/// assert_eq!(spec.image, ImageSource::Stored { reference });
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ImageSource {
@@ -92,6 +118,16 @@ pub enum ImageSource {
 }
 
 /// One volume of a sandbox.
+///
+/// ```
+/// use microsandbox::Sandbox;
+///
+/// let sb = Sandbox::builder("worker").image("alpine");
+/// let spec = sb.volume("/tmp/scratch", |v| v.tmpfs().size(100).noexec()).build()?;
+/// assert_eq!(spec.mounts[0].target.as_str(), "/tmp/scratch");
+/// assert!(spec.mounts[0].noexec);
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountSpec {
     /// Where the guest sees it.
@@ -109,6 +145,15 @@ pub struct MountSpec {
 }
 
 /// What a volume is.
+///
+/// ```
+/// use microsandbox::{Sandbox, SizeExt, spec::MountSource};
+///
+/// let sb = Sandbox::builder("worker").image("alpine");
+/// let spec = sb.volume("/tmp/scratch", |v| v.tmpfs().size(100)).build()?;
+/// assert_eq!(spec.mounts[0].source, MountSource::Tmpfs { size: Some(100.mib()) });
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum MountSource {
@@ -151,6 +196,16 @@ pub enum MountSource {
 }
 
 /// What kind of host object a bind mount shares.
+///
+/// ```
+/// use microsandbox::spec::{BindKind, MountFlag, MountSource, parse_mount};
+/// use std::path::Path;
+///
+/// let mount = parse_mount(MountFlag::File, "./app.toml:/app.toml:ro", Path::new("/"))?;
+/// let file = Some(BindKind::File);
+/// assert!(matches!(mount.source, MountSource::Bind { expect, .. } if expect == file));
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BindKind {
@@ -161,6 +216,16 @@ pub enum BindKind {
 }
 
 /// How the files of a shared directory appear in the guest.
+///
+/// ```
+/// use microsandbox::SizeExt;
+/// use microsandbox::spec::{MountFlag, MountSource, parse_mount};
+///
+/// let mount = parse_mount(MountFlag::Dir, "./out:/out:quota=1G", "/".as_ref())?;
+/// let MountSource::Bind { share, .. } = mount.source else { panic!() };
+/// assert_eq!(share.quota, Some(1.gib()));
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShareOptions {
     /// Where owners, modes and special files are kept; strict when absent.
@@ -176,6 +241,16 @@ pub struct ShareOptions {
 }
 
 /// Where owners, modes and special files of a share are kept (spec stat-virt 2.1).
+///
+/// ```
+/// use microsandbox::{Sandbox, StatVirtualization};
+///
+/// let sb = Sandbox::builder("full").image("python").volume("/root/.cache/pip", |v| {
+///     v.named("pip-cache").stat_virtualization(StatVirtualization::Relaxed)
+/// });
+/// assert!(sb.build().is_ok());
+/// assert_eq!(StatVirtualization::default(), StatVirtualization::Strict);
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StatVirtualization {
@@ -189,6 +264,15 @@ pub enum StatVirtualization {
 }
 
 /// Modes that files made by the guest get on the host (spec stat-virt 2.1).
+///
+/// ```
+/// use microsandbox::{HostPermissions, Sandbox};
+///
+/// let sb = Sandbox::builder("dev").image("python");
+/// let sb = sb.volume("/out", |v| v.bind("./out").host_permissions(HostPermissions::Mirror));
+/// assert!(sb.build().is_ok());
+/// assert_eq!(HostPermissions::default(), HostPermissions::Private);
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HostPermissions {
@@ -200,6 +284,14 @@ pub enum HostPermissions {
 }
 
 /// How much the guest keeps of a share.
+///
+/// ```
+/// use microsandbox::{CachePolicy, Sandbox};
+///
+/// let sb = Sandbox::builder("dev").image("python");
+/// let sb = sb.volume("/app", |v| v.bind("./src").cache(CachePolicy::None));
+/// assert!(sb.build().is_ok());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CachePolicy {
@@ -214,6 +306,17 @@ pub enum CachePolicy {
 }
 
 /// Whether the guest may write to a volume.
+///
+/// ```
+/// use microsandbox::{Sandbox, spec::Access};
+///
+/// let sb = Sandbox::builder("dev").image("python");
+/// let sb = sb.volume("/src", |v| v.bind("./src").readonly()).volume("/out", |v| v.bind("./out"));
+/// let spec = sb.build()?;
+/// assert_eq!(spec.mounts[0].access, Access::ReadOnly);
+/// assert_eq!(spec.mounts[1].access, Access::ReadWrite);
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
@@ -224,6 +327,16 @@ pub enum Access {
 }
 
 /// Storage of a named volume.
+///
+/// ```no_run
+/// use microsandbox::{SizeExt, Volume, VolumeKind};
+///
+/// # async fn example() -> microsandbox::MicrosandboxResult<()> {
+/// let docker_data = Volume::builder("docker-data").disk().size(20.gib()).create().await?;
+/// assert_eq!(docker_data.kind(), VolumeKind::Disk);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VolumeKind {
@@ -244,6 +357,16 @@ impl fmt::Display for VolumeKind {
 }
 
 /// What a mount of a named volume does about its existence.
+///
+/// ```
+/// use microsandbox::{NamedVolumeMode, Sandbox, spec::MountSource};
+///
+/// let sb = Sandbox::builder("worker").image("python");
+/// let spec = sb.volume("/cache", |v| v.named("pip-cache")).build()?;
+/// let MountSource::Named { mode, .. } = &spec.mounts[0].source else { panic!() };
+/// assert_eq!(*mode, NamedVolumeMode::Existing);
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NamedVolumeMode {
@@ -257,6 +380,14 @@ pub enum NamedVolumeMode {
 }
 
 /// What is asked of a named volume. Absent values fit anything.
+///
+/// ```
+/// use microsandbox::{SizeExt, VolumeKind, spec::VolumeRequest};
+///
+/// let kind = Some(VolumeKind::Disk);
+/// let request = VolumeRequest { kind, size: Some(20.gib()), ..VolumeRequest::default() };
+/// assert_eq!(request.check(), Ok(()));
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeRequest {
     /// Its kind; a directory when it has to be made.
@@ -270,6 +401,14 @@ pub struct VolumeRequest {
 }
 
 /// Format of a disk image.
+///
+/// ```
+/// use microsandbox::{DiskImageFormat, Sandbox};
+///
+/// let sb = Sandbox::builder("full").image("python");
+/// let sb = sb.volume("/dataset", |v| v.disk("./dataset.img").format(DiskImageFormat::Qcow2));
+/// assert!(sb.build().is_ok());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskImageFormat {
@@ -282,6 +421,15 @@ pub enum DiskImageFormat {
 }
 
 /// The programs that can run the VM.
+///
+/// ```
+/// use microsandbox::{Sandbox, VmmKind};
+///
+/// let sb = Sandbox::builder("worker").image("alpine").vmm(VmmKind::CloudHypervisor);
+/// assert_eq!(sb.build()?.vmm, Some(VmmKind::CloudHypervisor));
+/// assert_eq!(VmmKind::CloudHypervisor.to_string(), "cloud-hypervisor");
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmmKind {
@@ -304,6 +452,14 @@ impl fmt::Display for VmmKind {
 }
 
 /// How the VM's processor is made.
+///
+/// ```
+/// use microsandbox::{Accel, Sandbox, VmmKind};
+///
+/// let sb = Sandbox::builder("ci").image("alpine").vmm(VmmKind::Qemu).accel(Accel::Tcg);
+/// assert_eq!(sb.build()?.accel, Some(Accel::Tcg));
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Accel {

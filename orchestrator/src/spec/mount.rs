@@ -12,6 +12,16 @@ use super::{
 use crate::error::{Error, ErrorKind};
 
 /// The flags of the command line that mount something.
+///
+/// ```
+/// use microsandbox::spec::{MountFlag, parse_mount};
+/// use std::path::Path;
+///
+/// let mount = parse_mount(MountFlag::Tmpfs, "/scratch:64M:noexec", Path::new("/"))?;
+/// assert!(mount.noexec);
+/// assert_eq!(MountFlag::Tmpfs.to_string(), "--tmpfs");
+/// # Ok::<(), microsandbox::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MountFlag {
     /// `-v`: a host path or a volume name.
@@ -29,6 +39,15 @@ pub enum MountFlag {
 }
 
 /// A mount flag that says nothing that could be done.
+///
+/// ```
+/// use microsandbox::spec::{MountFlag, parse_mount};
+/// use std::path::Path;
+///
+/// let error = parse_mount(MountFlag::Dir, "./src:/app:ro:noexec", Path::new("/")).unwrap_err();
+/// assert_eq!(error.text, "./src:/app:ro:noexec");
+/// assert_eq!(error.hint().as_deref(), Some("separate options with `,`"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{flag} {text}`: {problem}")]
 pub struct MountError {
@@ -41,6 +60,14 @@ pub struct MountError {
 }
 
 /// What can be wrong with the value of a mount flag.
+///
+/// ```
+/// use microsandbox::spec::{MountFlag, MountProblem, parse_mount};
+/// use std::path::Path;
+///
+/// let error = parse_mount(MountFlag::Named, "./cache:/cache", Path::new("/")).unwrap_err();
+/// assert_eq!(error.problem, MountProblem::PathAsName("./cache".to_owned()));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MountProblem {
     /// It has another form than its flag takes.
@@ -99,6 +126,13 @@ impl fmt::Display for MountFlag {
 
 impl MountError {
     /// What the user can do about it.
+    ///
+    /// ```
+    /// # use microsandbox::spec::{MountFlag, parse_mount};
+    /// # use std::path::Path;
+    /// let error = parse_mount(MountFlag::Dir, "./src:/app,ro", Path::new("/")).unwrap_err();
+    /// assert_eq!(error.hint().as_deref(), Some("write --mount-dir ./src:/app:ro"));
+    /// ```
     pub fn hint(&self) -> Option<String> {
         match &self.problem {
             MountProblem::Form(_) if self.flag == MountFlag::Tmpfs => {

@@ -6,6 +6,14 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use serde::{Deserialize, Serialize};
 
 /// A name or path that breaks its rule.
+///
+/// ```
+/// use microsandbox::{NameError, spec::GuestPath};
+///
+/// let error = GuestPath::try_from("data".to_owned()).unwrap_err();
+/// assert_eq!(error, NameError::Relative("data".to_owned()));
+/// assert_eq!(error.to_string(), "guest path `data` is not absolute: write it from `/`");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// A volume name is empty, too long, or holds another character than its rule allows.
@@ -39,6 +47,13 @@ pub enum NameError {
 
 impl NameError {
     /// The name or path that breaks its rule.
+    ///
+    /// ```
+    /// use microsandbox::spec::VolumeName;
+    ///
+    /// let error = VolumeName::try_from("my cache".to_owned()).unwrap_err();
+    /// assert_eq!(error.value(), "my cache");
+    /// ```
     pub fn value(&self) -> &str {
         match self {
             Self::Volume(value)
@@ -54,17 +69,39 @@ impl NameError {
 
 /// Name of a volume: letters, digits, `.`, `_`, `-`, beginning with a letter or digit, at most 128
 /// bytes (spec mounts 1.9).
+///
+/// ```
+/// use microsandbox::spec::VolumeName;
+///
+/// assert!(VolumeName::try_from("pip-cache".to_owned()).is_ok());
+/// assert!(VolumeName::try_from("../pip-cache".to_owned()).is_err());
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VolumeName(String);
 
 /// Name of a sandbox: the same rule as a volume's.
+///
+/// ```
+/// use microsandbox::spec::SandboxName;
+///
+/// assert!(SandboxName::try_from("worker-1".to_owned()).is_ok());
+/// assert!(SandboxName::try_from("-worker".to_owned()).is_err());
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SandboxName(String);
 
 /// An absolute, normalised path in the guest: no `..`, no double or trailing slashes, not the root,
 /// not in a place of the guest system (spec mounts 1.4).
+///
+/// ```
+/// use microsandbox::spec::GuestPath;
+///
+/// assert_eq!(GuestPath::try_from("//srv/./data/".to_owned())?.as_str(), "/srv/data");
+/// assert!(GuestPath::try_from("/proc/self".to_owned()).is_err());
+/// # Ok::<(), microsandbox::spec::NameError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct GuestPath(String);
@@ -74,6 +111,13 @@ const RESERVED: [&str; 4] = ["/proc", "/sys", "/dev", "/.msb"];
 
 impl VolumeName {
     /// The name as text.
+    ///
+    /// ```
+    /// # use microsandbox::spec::VolumeName;
+    /// let name = VolumeName::try_from("pip-cache".to_owned())?;
+    /// assert_eq!(name.as_str(), "pip-cache");
+    /// # Ok::<(), microsandbox::spec::NameError>(())
+    /// ```
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -81,6 +125,13 @@ impl VolumeName {
 
 impl SandboxName {
     /// The name as text.
+    ///
+    /// ```
+    /// # use microsandbox::spec::SandboxName;
+    /// let name = SandboxName::try_from("worker".to_owned())?;
+    /// assert_eq!(name.as_str(), "worker");
+    /// # Ok::<(), microsandbox::spec::NameError>(())
+    /// ```
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -88,6 +139,15 @@ impl SandboxName {
 
 impl SandboxName {
     /// A name for a sandbox that was given none: `msb-` and 8 hexadecimal digits.
+    ///
+    /// ```
+    /// use microsandbox::{Sandbox, spec::SandboxName};
+    ///
+    /// let name = SandboxName::random();
+    /// assert!(name.as_str().starts_with("msb-"));
+    /// let sb = Sandbox::builder(name).image("alpine");
+    /// # assert!(sb.build().is_ok());
+    /// ```
     pub fn random() -> Self {
         let drawn = RandomState::new().build_hasher().finish();
         Self(format!("msb-{:08x}", drawn & 0xffff_ffff))
@@ -96,16 +156,38 @@ impl SandboxName {
 
 impl GuestPath {
     /// The path as text.
+    ///
+    /// ```
+    /// # use microsandbox::spec::GuestPath;
+    /// let path = GuestPath::try_from("/app/src".to_owned())?;
+    /// assert_eq!(path.as_str(), "/app/src");
+    /// # Ok::<(), microsandbox::spec::NameError>(())
+    /// ```
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
     /// Number of components: 1 for `/data`.
+    ///
+    /// ```
+    /// # use microsandbox::spec::GuestPath;
+    /// let path = GuestPath::try_from("/app/src".to_owned())?;
+    /// assert_eq!(path.depth(), 2);
+    /// # Ok::<(), microsandbox::spec::NameError>(())
+    /// ```
     pub fn depth(&self) -> usize {
         self.0.matches('/').count()
     }
 
     /// Whether `other` lies below this path.
+    ///
+    /// ```
+    /// # use microsandbox::spec::GuestPath;
+    /// let app = GuestPath::try_from("/app".to_owned())?;
+    /// assert!(app.contains(&GuestPath::try_from("/app/src".to_owned())?));
+    /// assert!(!app.contains(&GuestPath::try_from("/apple".to_owned())?));
+    /// # Ok::<(), microsandbox::spec::NameError>(())
+    /// ```
     pub fn contains(&self, other: &Self) -> bool {
         other
             .0

@@ -9,6 +9,14 @@ use super::{
 };
 
 /// What can be wrong with an option.
+///
+/// ```
+/// use microsandbox::spec::{MountFlag, MountProblem, OptionProblem, parse_mount};
+/// use std::path::Path;
+///
+/// let error = parse_mount(MountFlag::Dir, "./src:/app:ro,rw", Path::new("/")).unwrap_err();
+/// assert_eq!(error.problem, MountProblem::Option(OptionProblem::Repeated("ro`/`rw".to_owned())));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OptionProblem {
     /// It, or its opposite, was given before.

@@ -6,6 +6,15 @@ use super::{
 };
 
 /// Parts of a mount that do not go together.
+///
+/// ```
+/// use microsandbox::{SizeExt, VolumeKind};
+/// use microsandbox::spec::{RuleError, VolumeRequest};
+///
+/// let kind = Some(VolumeKind::Directory);
+/// let request = VolumeRequest { kind, size: Some(1.gib()), ..VolumeRequest::default() };
+/// assert_eq!(request.check(), Err(RuleError::SizeNeedsDisk));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RuleError {
     /// A size for what is no disk.
@@ -34,6 +43,12 @@ pub enum RuleError {
 
 impl RuleError {
     /// What the user can do about it.
+    ///
+    /// ```
+    /// use microsandbox::spec::RuleError;
+    ///
+    /// assert_eq!(RuleError::OffWithMirror.hint(), Some("drop one of the two"));
+    /// ```
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::SizeNeedsDisk => Some("add kind=disk, or replace size= by quota="),
@@ -45,6 +60,16 @@ impl RuleError {
 
 impl MountSpec {
     /// Checks the rules that need nothing but the mount itself.
+    ///
+    /// ```
+    /// use microsandbox::spec::{MountFlag, RuleError, parse_mount};
+    /// use std::path::Path;
+    ///
+    /// let mut mount = parse_mount(MountFlag::Tmpfs, "/tmp:64M", Path::new("/"))?;
+    /// mount.noexec = true;
+    /// assert_eq!(mount.check(), Ok(()));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -68,6 +93,15 @@ impl MountSpec {
 impl VolumeRequest {
     /// Checks what is asked of a volume.
     ///
+    /// ```
+    /// use microsandbox::spec::{RuleError, VolumeRequest};
+    /// use microsandbox::{SizeExt, VolumeKind};
+    ///
+    /// let kind = Some(VolumeKind::Disk);
+    /// let request = VolumeRequest { kind, quota: Some(1.gib()), ..VolumeRequest::default() };
+    /// assert_eq!(request.check(), Err(RuleError::NotForDisk("quota")));
+    /// ```
+    ///
     /// # Errors
     ///
     /// The first [`RuleError`] that applies.
@@ -84,6 +118,14 @@ impl VolumeRequest {
 
 impl ShareOptions {
     /// Checks that nothing is asked for that only a share can do.
+    ///
+    /// ```
+    /// use microsandbox::spec::{RuleError, ShareOptions};
+    ///
+    /// assert_eq!(ShareOptions::default().check_disk(), Ok(()));
+    /// let owned = ShareOptions { owner: Some((1000, 1000)), ..ShareOptions::default() };
+    /// assert_eq!(owned.check_disk(), Err(RuleError::NotForDisk("uid")));
+    /// ```
     ///
     /// # Errors
     ///

@@ -5,17 +5,37 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// A size in MiB.
+///
+/// ```
+/// use microsandbox::{Mebibytes, SizeExt};
+///
+/// assert_eq!("1.5G".parse(), Ok(Mebibytes(1536)));
+/// assert_eq!(Mebibytes::from(512), 512.mib());
+/// assert_eq!(20.gib().to_string(), "20 GiB");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Mebibytes(pub u32);
 
 /// A text that is no size.
+///
+/// ```
+/// use microsandbox::{Mebibytes, SizeError};
+///
+/// assert_eq!("9Q".parse::<Mebibytes>(), Err(SizeError("9Q".to_owned())));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a size: write whole MiB (`512` or `512M`) or GiB (`20G`, `1.5G`)")]
 pub struct SizeError(pub String);
 
 impl Mebibytes {
     /// The size in bytes.
+    ///
+    /// ```
+    /// use microsandbox::SizeExt;
+    ///
+    /// assert_eq!(2.mib().bytes(), 2 * 1024 * 1024);
+    /// ```
     pub fn bytes(self) -> u64 {
         u64::from(self.0) << 20
     }
@@ -28,12 +48,35 @@ impl From<u32> for Mebibytes {
 }
 
 /// Sizes written as `20.gib()`, `512.mib()` and `2048.kib()`.
+///
+/// ```
+/// use microsandbox::{Mebibytes, SizeExt};
+///
+/// assert_eq!(20.gib(), Mebibytes(20 * 1024));
+/// ```
 pub trait SizeExt {
     /// This many KiB, rounded down to whole MiB.
+    ///
+    /// ```
+    /// # use microsandbox::{Mebibytes, SizeExt};
+    /// assert_eq!(2048.kib(), Mebibytes(2));
+    /// assert_eq!(1000.kib(), Mebibytes(0));
+    /// ```
     fn kib(self) -> Mebibytes;
     /// This many MiB.
+    ///
+    /// ```
+    /// # use microsandbox::{Mebibytes, SizeExt};
+    /// assert_eq!(512.mib(), Mebibytes(512));
+    /// ```
     fn mib(self) -> Mebibytes;
     /// This many GiB; the largest size there is when it would be more.
+    ///
+    /// ```
+    /// # use microsandbox::{Mebibytes, SizeExt};
+    /// assert_eq!(2.gib(), Mebibytes(2048));
+    /// assert_eq!(u32::MAX.gib(), Mebibytes(u32::MAX));
+    /// ```
     fn gib(self) -> Mebibytes;
 }
 

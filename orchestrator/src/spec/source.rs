@@ -30,6 +30,16 @@ impl ImageSource {
     /// Reads an image as users write it: a host path when it begins with `/`, `./` or `../` (a disk
     /// image when it ends in `.raw`, `.img`, `.qcow2` or `.vmdk`), otherwise a name in the store.
     ///
+    /// ```
+    /// use microsandbox::spec::ImageSource;
+    /// use std::path::{Path, PathBuf};
+    ///
+    /// let image = ImageSource::parse("./rootfs", Path::new("/home/me"))?;
+    /// assert_eq!(image, ImageSource::Directory { path: PathBuf::from("/home/me/rootfs") });
+    /// assert!(ImageSource::parse("-rf", Path::new("/")).is_err());
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::InvalidConfig`] when it is empty or no possible reference.
