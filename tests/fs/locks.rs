@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -62,11 +62,11 @@ impl Kind {
     }
 }
 
-fn open(path: PathBuf) -> Result<File> {
+fn open(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     let options = options.read(true).write(true);
     options
-        .open(&path)
+        .open(path)
         .with_context(|| path.display().to_string())
 }
 
@@ -96,9 +96,9 @@ fn two_guests_and_the_host_exclude_each_other() -> Result<()> {
     let peer = share.peer("other", SETUP)?;
     std::fs::write(share.host("file"), "x")?;
     for kind in KINDS {
-        let mine = open(share.guest("file"))?;
-        let other = open(peer.guest("file"))?;
-        let host = open(share.host("file"))?;
+        let mine = open(&share.guest("file"))?;
+        let other = open(&peer.guest("file"))?;
+        let host = open(&share.host("file"))?;
         kind.take(&mine, Exclusive)?;
         for (name, file) in [("guest", &other), ("host", &host)] {
             for how in [Exclusive, Shared] {
@@ -138,7 +138,7 @@ fn who_waits_gets_the_lock_and_can_be_interrupted() -> Result<()> {
     let peer = share.peer("other", SETUP)?;
     std::fs::write(share.host("file"), "x")?;
     for kind in KINDS {
-        let mine = open(share.guest("file"))?;
+        let mine = open(&share.guest("file"))?;
         kind.take(&mine, FlockOperation::LockExclusive)?;
         // More of them than the server has threads for what takes time.
         let mut waiters = Vec::new();
@@ -192,7 +192,7 @@ fn a_killed_server_holds_nothing() -> Result<()> {
     std::fs::write(share.host("file"), "x")?;
     for (number, kind) in KINDS.into_iter().enumerate() {
         let mut peer = share.peer(&format!("other{number}"), SETUP)?;
-        let held = open(peer.guest("file"))?;
+        let held = open(&peer.guest("file"))?;
         kind.take(&held, FlockOperation::NonBlockingLockExclusive)?;
         let mut waiter = kind.process(&share.guest("file"), true)?;
         ensure!(
@@ -214,7 +214,7 @@ fn without_the_flag_locks_are_the_guests_own() -> Result<()> {
     let share = Share::new(Setup::default())?;
     std::fs::write(share.host("file"), "x")?;
     for kind in KINDS {
-        let (mine, host) = (open(share.guest("file"))?, open(share.host("file"))?);
+        let (mine, host) = (open(&share.guest("file"))?, open(&share.host("file"))?);
         kind.take(&mine, FlockOperation::NonBlockingLockExclusive)?;
         kind.take(&host, FlockOperation::NonBlockingLockExclusive)?;
         let mut second = kind.process(&share.guest("file"), true)?;
