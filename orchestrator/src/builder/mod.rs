@@ -3,7 +3,9 @@
 //! A setter never fails: what is wrong is reported by `build` and `create`, all of it at once.
 
 mod mount;
+mod named;
 mod sandbox;
 
-pub use mount::{MountBuilder, NamedVolumeBuilder};
+pub use mount::MountBuilder;
+pub use named::NamedVolumeBuilder;
 pub use sandbox::SandboxBuilder;
