@@ -57,8 +57,10 @@ fn files_and_folders_stay_readable() {
         let code = if tests {
             0
         } else {
+            // Examples for users are no code of ours.
             text.lines()
                 .take_while(|line| *line != "#[cfg(test)]")
+                .filter(|line| !line.trim_start().starts_with("//"))
                 .count()
         };
         if code > MAX_CODE_LINES || lines > MAX_LINES {
