@@ -156,25 +156,16 @@ fn next(logs: &mut [Log], last: bool) -> Result<Option<Line>, Error> {
 }
 
 fn open(dir: &SandboxDir, source: LogSource) -> Result<Vec<Log>, Error> {
-    let log = |path, kind| Log {
-        path,
-        kind,
-        file: None,
-        line: Vec::new(),
-        parts: [Vec::new(), Vec::new()],
-        time: None,
-        ahead: None,
-    };
     Ok(match source {
         LogSource::System => {
             let started = dir.state()?.started_at_ms.map(Duration::from_millis);
             let booted = UNIX_EPOCH + started.unwrap_or_default();
             vec![
-                log(dir.console_log(), Kind::Console(booted)),
-                log(dir.supervisor_log(), Kind::Supervisor),
+                Log::new(dir.console_log(), Kind::Console(booted)),
+                Log::new(dir.supervisor_log(), Kind::Supervisor),
             ]
         }
-        _ => vec![log(dir.output_log(), Kind::Output)],
+        _ => vec![Log::new(dir.output_log(), Kind::Output)],
     })
 }
 
@@ -204,6 +195,18 @@ struct Log {
 }
 
 impl Log {
+    fn new(path: PathBuf, kind: Kind) -> Self {
+        Self {
+            path,
+            kind,
+            file: None,
+            line: Vec::new(),
+            parts: [Vec::new(), Vec::new()],
+            time: None,
+            ahead: None,
+        }
+    }
+
     fn read(&mut self, last: bool) -> Result<Option<Line>, Error> {
         loop {
             let whole = self.more().map_err(|error| {
@@ -322,15 +325,7 @@ mod tests {
     fn log(content: &str, kind: Kind) -> (tempfile::NamedTempFile, Log) {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), content).unwrap();
-        let log = Log {
-            path: file.path().to_owned(),
-            kind,
-            file: None,
-            line: Vec::new(),
-            parts: [Vec::new(), Vec::new()],
-            time: None,
-            ahead: None,
-        };
+        let log = Log::new(file.path().to_owned(), kind);
         (file, log)
     }
 
