@@ -103,10 +103,17 @@ impl Guest {
         let said = self.run(flags, script)?;
         ensure!(
             said.code == 0,
-            "{flags:?} {script}\n{}{}",
-            said.out,
-            said.err
+            "{flags:?} ended with {}. The end of its output:\n{}\nand of its errors:\n{}\n{script}",
+            said.code,
+            end(&said.out),
+            end(&said.err)
         );
         Ok(said.out)
     }
+}
+
+/// The last lines of what a suite printed: a log that is cut in its middle still has the reason.
+fn end(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
 }
