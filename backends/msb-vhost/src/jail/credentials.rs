@@ -9,6 +9,9 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 use super::{Identity, JailError, Layer, sys};
 
+/// Far above one for each of 64 queues, those of a pool and the process that waits.
+const MOST_THREADS: u64 = 256;
+
 /// The end of a pipe whose other end the waiting parent holds until it ends.
 pub(super) type Bond = io::PipeReader;
 
@@ -19,7 +22,7 @@ pub(super) fn drop_privileges(identity: Identity) -> Result<(), JailError> {
     kept &= now.permitted;
     if now.effective.contains(CapabilitySet::SETPCAP) {
         shrink_bounding_set(kept).map_err(failed("shrink the bounding set"))?;
-        lock_secure_bits(kept).map_err(failed("lock the secure bits"))?;
+        lock_secure_bits().map_err(failed("lock the secure bits"))?;
     }
     rustix::thread::clear_ambient_capability_set().map_err(failed("clear the ambient set"))?;
     if now.effective.contains(CapabilitySet::SETGID) {
@@ -60,17 +63,15 @@ fn shrink_bounding_set(kept: CapabilitySet) -> rustix::io::Result<()> {
     Ok(())
 }
 
-fn lock_secure_bits(kept: CapabilitySet) -> rustix::io::Result<()> {
-    let mut bits = CapabilitiesSecureBits::NO_ROOT
-        | CapabilitiesSecureBits::NO_ROOT_LOCKED
-        | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED;
-    // A server that takes on its callers' ids must lose its power over files while it does.
-    if !kept.contains(CapabilitySet::SETUID) {
-        bits |= CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED;
-    }
-    rustix::thread::set_capabilities_secure_bits(bits)
+fn lock_secure_bits() -> rustix::io::Result<()> {
+    rustix::thread::set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_ROOT
+            | CapabilitiesSecureBits::NO_ROOT_LOCKED
+            | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
+            | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
+            | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED,
+    )
 }
 
 /// Limits the number of open descriptors, or raises it as far as it goes.
@@ -83,6 +84,19 @@ pub(super) fn limit_descriptors(count: u64) {
         Rlimit {
             current: Some(count),
             maximum: Some(count),
+        },
+    )
+    .ok();
+}
+
+/// Limits the threads, in a user namespace of one's own: elsewhere all processes of the user count.
+pub(super) fn limit_threads() {
+    let count = Some(MOST_THREADS);
+    setrlimit(
+        Resource::Nproc,
+        Rlimit {
+            current: count,
+            maximum: count,
         },
     )
     .ok();

@@ -270,7 +270,9 @@ pub fn enter(jail: Jail) -> Result<Report, JailError> {
     let bond = rustix::process::parent_process_death_signal()
         .ok()
         .flatten();
-    demand.layer(namespaces::enter_user(jail.identity))?;
+    let own_users = demand
+        .layer(namespaces::enter_user(jail.identity))?
+        .is_some();
     let apart = demand.layer(namespaces::enter_others())?.is_some();
     let parent = if apart {
         Some(waiter::split(jail.identity, bond, parent)?)
@@ -294,6 +296,9 @@ pub fn enter(jail: Jail) -> Result<Report, JailError> {
     }
     demand.layer(credentials::drop_privileges(jail.identity))?;
     credentials::limit_descriptors(jail.open_files);
+    if own_users {
+        credentials::limit_threads();
+    }
     demand.layer(credentials::harden(bond, parent))?;
     let landlock = landlock::restrict(report.share.as_ref(), read_only, special_files);
     report.landlock_abi = demand.layer(landlock)?.unwrap_or_default();
