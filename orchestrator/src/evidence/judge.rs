@@ -19,6 +19,8 @@ pub(crate) struct Expected {
     pub(crate) role: Role,
     /// The user that it is.
     pub(crate) user: u32,
+    /// The group that it is.
+    pub(crate) group: u32,
     /// Whether we can see through: we are root.
     pub(crate) seen_by_root: bool,
     /// Capabilities that it may keep, in a user namespace of its own.
@@ -83,6 +85,11 @@ pub(crate) fn judge(expected: &Expected, seen: &Evidence, own: &Evidence) -> Vec
             "user",
             all(&seen.users, expected.user),
             format!("{:?}", seen.users),
+        ),
+        row(
+            "group",
+            all(&seen.groups, expected.group),
+            format!("{:?}", seen.groups),
         ),
         // An ordinary user cannot drop them.
         row(
@@ -370,6 +377,7 @@ mod tests {
         Expected {
             role: Role::Serves,
             user: 1000,
+            group: 1000,
             seen_by_root: true,
             capabilities: 0,
             root: WantedRoot::Is(SHARE),
@@ -393,8 +401,9 @@ mod tests {
     #[test]
     fn each_missing_layer_is_named() {
         type Fault = (&'static str, fn(&mut Evidence));
-        let faults: [Fault; 17] = [
+        let faults: [Fault; 18] = [
             ("user", |seen| seen.users[2] = 0),
+            ("group", |seen| seen.groups[1] = 0),
             ("supplementary groups", |seen| seen.supplementary = vec![4]),
             ("capabilities", |seen| {
                 seen.capabilities.insert("CapBnd".into(), Bits(2));

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::process::geteuid;
+use rustix::process::{getegid, geteuid};
 
 use super::child::Child;
 use crate::backend::{self, Jail};
@@ -25,12 +25,15 @@ const SETTLED: Duration = Duration::from_millis(1500);
 /// How often a look is taken.
 const INTERVAL: Duration = Duration::from_millis(3);
 
-/// User as which disks are served when root starts their backends.
+/// User and group as which disks are served when root starts their backends.
 const NOBODY: u32 = 65534;
 
-/// What a server keeps that gives files to others: the capabilities for files, and for acting as
-/// the user who asks. `CAP_MKNOD` and `CAP_SETFCAP` are not among them.
-const FOR_FILES: [u64; 7] = [0, 1, 2, 3, 4, 6, 7];
+/// `CAP_DAC_READ_SEARCH`, with which a server reads the files of others.
+const READ: u64 = 1 << 2;
+
+/// What a server keeps that gives files to others as well: `CAP_CHOWN`, `CAP_DAC_OVERRIDE`,
+/// `CAP_FOWNER` and `CAP_FSETID`.
+const GIVE: u64 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4;
 
 /// Waits until the backend is locked in as `jail` asks.
 ///
@@ -151,21 +154,27 @@ fn of_share(share: &FsPlan, user: u32, mut named: Vec<FileId>) -> MicrosandboxRe
     let gives_away = share.stat_virtualization == StatVirtualization::Off;
     // As root a server becomes the owner of what it serves; see `Tree::owner` of msb-fs.
     let owner = if root.mode() & 0o001 != 0 {
-        file.uid()
+        &file
     } else {
-        root.uid()
+        &root
     };
-    let becomes = if gives_away { 0 } else { owner };
-    let capabilities = FOR_FILES.iter().fold(0, |set, number| set | 1 << number);
+    let own = (user, getegid().as_raw());
+    let (becomes, group) = if user != 0 || gives_away || owner.uid() == 0 {
+        own
+    } else {
+        (owner.uid(), owner.gid())
+    };
+    let capabilities = match (gives_away && user == 0, share.read_only) {
+        (false, _) => 0,
+        (true, true) => READ,
+        (true, false) => READ | GIVE,
+    };
     Ok(Expected {
         role: Role::Serves,
-        user: if user == 0 { becomes } else { user },
+        user: becomes,
+        group,
         seen_by_root: user == 0,
-        capabilities: if gives_away && user == 0 {
-            capabilities
-        } else {
-            0
-        },
+        capabilities,
         root: WantedRoot::Is(id(&root)),
         read_only: share.read_only,
         files: Files::Only(named),
@@ -181,6 +190,11 @@ fn of_disk(disk: &BlkPlan, user: u32) -> MicrosandboxResult<Expected> {
     Ok(Expected {
         role: Role::Serves,
         user: if user == 0 { NOBODY } else { user },
+        group: if user == 0 {
+            NOBODY
+        } else {
+            getegid().as_raw()
+        },
         seen_by_root: user == 0,
         capabilities: 0,
         root: WantedRoot::Empty,
