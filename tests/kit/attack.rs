@@ -285,6 +285,14 @@ pub const ATTACKS: &[Attack] = &[
     deep("hold a process", |s| {
         ask(libc::SYS_pidfd_open, &[number(s.outsider), 0])
     }),
+    deep("queue a signal", |s| {
+        let mut info = [0_u32; 32];
+        info[2] = (-1_i32).cast_unsigned();
+        ask(
+            libc::SYS_rt_sigqueueinfo,
+            &[number(s.outsider), libc::SIGURG as usize, bytes(&mut info)],
+        )
+    }),
     deep("compare with a process", |s| {
         ask(libc::SYS_kcmp, &[1, number(s.outsider), 0, 0, 0])
     }),
@@ -306,6 +314,21 @@ pub const ATTACKS: &[Attack] = &[
     }),
     shallow("make a vsock socket", |_| {
         socket(libc::AF_VSOCK, libc::SOCK_STREAM).map(drop)
+    }),
+    shallow("make a Bluetooth socket", |_| {
+        socket(libc::AF_BLUETOOTH, libc::SOCK_RAW).map(drop)
+    }),
+    shallow("make a CAN socket", |_| {
+        socket(libc::AF_CAN, libc::SOCK_RAW).map(drop)
+    }),
+    shallow("make a TIPC socket", |_| {
+        socket(libc::AF_TIPC, libc::SOCK_SEQPACKET).map(drop)
+    }),
+    shallow("make an XDP socket", |_| {
+        socket(libc::AF_XDP, libc::SOCK_RAW).map(drop)
+    }),
+    shallow("make an RDS socket", |_| {
+        socket(libc::AF_RDS, libc::SOCK_SEQPACKET).map(drop)
     }),
     shallow("make a crypto socket", |_| {
         socket(libc::AF_ALG, libc::SOCK_SEQPACKET).map(drop)
@@ -387,6 +410,7 @@ pub const ATTACKS: &[Attack] = &[
         let mut map = [2_u32, 4, 4, 1, 0, 0, 0, 0, 0, 0, 0, 0];
         ask(libc::SYS_bpf, &[0, bytes(&mut map), 48])
     }),
+    shallow("join a keyring", |_| ask(libc::SYS_keyctl, &[1, 0])),
     shallow("use keys", |_| {
         let payload = c"x";
         ask(
@@ -403,6 +427,9 @@ pub const ATTACKS: &[Attack] = &[
     shallow("make an io_uring", |_| {
         let mut parameters = [0_u32; 30];
         ask(libc::SYS_io_uring_setup, &[1, bytes(&mut parameters)])
+    }),
+    shallow("make data executable by personality", |_| {
+        ask(libc::SYS_personality, &[libc::READ_IMPLIES_EXEC as usize])
     }),
     deep("watch performance", |_| {
         let mut attributes = [0_u8; 128];
