@@ -25,8 +25,9 @@ fn pasted(
         return events.block_on(example());
     }
     let msb = documents()?;
+    let limit = std::env::var("MSB_COMMAND_LIMIT");
     let output = Command::new("timeout")
-        .args(["--kill-after=20", "150"])
+        .args(["--kill-after=20", limit.as_deref().unwrap_or("150")])
         .arg(std::env::current_exe()?)
         .args(["--exact", name, "--nocapture"])
         .current_dir(msb.path(""))

@@ -136,6 +136,7 @@ impl Msb {
             .env("MSB_HOME", self.home())
             .env("MSB_KERNEL", kernel())
             .env("MSB_BIN_DIR", bin_dir())
+            .env("MSB_VMM", vmm())
             .stdin(Stdio::null());
         command
     }
@@ -187,6 +188,7 @@ impl Msb {
             .env("MSB_HOME", self.home())
             .env("MSB_KERNEL", kernel())
             .env("MSB_BIN_DIR", bin_dir())
+            .env("MSB_VMM", vmm())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -236,6 +238,21 @@ impl Drop for Msb {
             }
         }
     }
+}
+
+/// The VMM that sandboxes of tests run on: `MSB_VMM`, or QEMU, which every machine can have.
+fn vmm() -> String {
+    std::env::var("MSB_VMM").unwrap_or_else(|_| "qemu".to_owned())
+}
+
+/// Whether the suite runs on none of these VMMs: the test then says so, with the reason.
+pub fn unfit(fitting: &[&str], why: &str) -> bool {
+    let vmm = vmm();
+    let unfit = !fitting.contains(&vmm.as_str());
+    if unfit {
+        println!("SKIPPED on {vmm}: {why}");
+    }
+    unfit
 }
 
 /// Turns what a process printed into text.

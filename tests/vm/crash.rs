@@ -5,7 +5,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use msb_testkit::msb::{Msb, host, said};
+use msb_testkit::msb::{Msb, host, said, unfit};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Writes files durably, each with its sum, until told to stop; then reads all of them back from the
@@ -35,6 +35,9 @@ fn backend(msb: &Msb, image: &str) -> Result<Vec<i32>> {
 
 #[test]
 fn a_disk_whose_backend_is_killed_goes_on() -> Result<()> {
+    if unfit(&["qemu"], "only QEMU connects to a backend again") {
+        return Ok(());
+    }
     let msb = Msb::new()?;
     let share = msb.dir("share")?;
     let content = msb.dir("content")?;

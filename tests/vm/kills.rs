@@ -1,7 +1,7 @@
 //! Whatever is killed at whatever moment: the next command finds a state that it knows and mends it.
 //!
 //! `msb` and its processes are killed at random points of create, start, stop and rm. A stand-in
-//! for the VMM makes that quick; `MSB_KILLS=200 MSB_KILLS_VMM=qemu` boots real guests instead.
+//! for QEMU makes that quick; `MSB_KILLS=200 MSB_KILLS_VMM=qemu` boots real guests instead.
 //! `MSB_KILLS_SEED` repeats a run.
 
 use std::fs::{self, File};
@@ -87,6 +87,7 @@ fn whatever_is_killed_the_next_command_mends_it() -> Result<()> {
 struct Kills {
     msb: Msb,
     path: String,
+    vmm: String,
     /// In the order of [`Verb`].
     took: [Duration; 4],
 }
@@ -96,7 +97,8 @@ impl Kills {
         let msb = Msb::new()?;
         msb.dir("share")?;
         let bin = msb.dir("bin")?;
-        if std::env::var("MSB_KILLS_VMM").is_err() {
+        let real = std::env::var("MSB_KILLS_VMM").ok();
+        if real.is_none() {
             let vmm = format!("qemu-system-{}", std::env::consts::ARCH);
             symlink(env!("CARGO_BIN_EXE_msb-stand-in"), bin.join(vmm))?;
         }
@@ -108,6 +110,7 @@ impl Kills {
         let mut this = Self {
             msb,
             path,
+            vmm: real.unwrap_or_else(|| "qemu".to_owned()),
             took: [Duration::ZERO; 4],
         };
         let mut took = [Duration::ZERO; 4];
@@ -133,7 +136,7 @@ impl Kills {
 
     fn command(&self, args: &[&str]) -> Command {
         let mut command = self.msb.command(args);
-        command.env("PATH", &self.path).env("MSB_LIBKRUN", "/none");
+        command.env("PATH", &self.path).env("MSB_VMM", &self.vmm);
         command
     }
 

@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use msb_testkit::msb::{Msb, bin_dir, binary, kernel};
+use msb_testkit::suites::tool;
 
 /// Memory of the emulated machine, in MiB: it holds the suite's files and the guests'.
 const MEMORY: u32 = 4096;
@@ -36,10 +37,14 @@ fn suite(vmm: &str, variable: &str) -> Result<()> {
     let msb = Msb::new()?;
     let named = fs::canonicalize(&named).with_context(|| variable.to_owned())?;
     let filter = std::env::var("MSB_NESTED_FILTER").unwrap_or_default();
-    let suite = suite_program()?;
+    let suites = [suite_program("vm-")?, suite_program("sdk_vm-")?];
+    let tools = fs::canonicalize(tool("fsx")?)?;
     let script = format!(
         "export {variable}={named} MSB_VMM={vmm} MSB_BOOT_LIMIT=600 MSB_COMMAND_LIMIT=1200 \
-         MSB_BIN_DIR={bin} MSB_KERNEL={kernel} MSB_BUSYBOX={busybox}\n{msb} doctor\n{suite} --test-threads=1 {filter}\n",
+         MSB_KILLS_VMM={vmm} MSB_KILLS=4 \
+         MSB_BIN_DIR={bin} MSB_KERNEL={kernel} MSB_BUSYBOX={busybox} MSB_TOOLS={tools}\n{msb} doctor\n\
+         failed=0\nfor suite in {suites}; do\n\
+         $suite --test-threads=1 --nocapture {filter} || failed=$?\ndone\nexit $failed\n",
         named = named.display(),
         bin = bin_dir().display(),
         kernel = fs::canonicalize(kernel())?.display(),
@@ -47,7 +52,8 @@ fn suite(vmm: &str, variable: &str) -> Result<()> {
             .with_file_name("busybox")
             .display(),
         msb = binary("msb").display(),
-        suite = suite.display(),
+        suites = suites.map(|suite| suite.display().to_string()).join(" "),
+        tools = tools.ancestors().nth(2).context("no folder")?.display(),
     );
     let cpu = fs::read_to_string("/proc/cpuinfo")?;
     let usable = fs::File::options()
@@ -73,22 +79,22 @@ fn suite(vmm: &str, variable: &str) -> Result<()> {
     Ok(())
 }
 
-/// The newest build of the suite, which lies beside this program.
-fn suite_program() -> Result<PathBuf> {
+/// The newest build of a suite, which lies beside this program.
+fn suite_program(prefix: &str) -> Result<PathBuf> {
     let own = std::env::current_exe()?;
     let mut found = Vec::new();
     for entry in fs::read_dir(own.parent().context("no folder")?)? {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_str().unwrap_or_default();
-        if name.starts_with("vm-") && !name.contains('.') {
+        if name.starts_with(prefix) && !name.contains('.') {
             found.push((entry.metadata()?.modified()?, entry.path()));
         }
     }
     let newest = found
         .into_iter()
         .max()
-        .context("the suite `vm` is not built")?;
+        .with_context(|| format!("no suite `{prefix}` is built"))?;
     Ok(newest.1)
 }
 
@@ -195,7 +201,7 @@ fn init_script(script: &str) -> Result<String> {
          mount -t cgroup2 cgroup /sys/fs/cgroup; mount -t tmpfs run /run; ip link set lo up\n\
          mkdir -p /run/files /run/m/lib/modules\n\
          ln -s {modules} /run/m/lib/modules/$(uname -r)\n\
-         for module in kvm_amd vhost_vsock; do modprobe -d /run/m $module; done\n\
+         for module in kvm_amd vhost_vsock; do modprobe -d /run/m $module; done; chmod 666 /dev/kvm\n\
          export HOME=/run/files TMPDIR=/run/files; cd /run/files\n\
          sh -e {script}\n\
          echo \"{VERDICT}$?\"; sync; echo o >/proc/sysrq-trigger; sleep 60\n",
