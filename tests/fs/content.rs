@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use msb_testkit::share::{ORDINARY, Setup, Share};
 
 use crate::bridge::skipped;
-use msb_testkit::suites::{FSX_WEIGHTS, number, seed, tool};
+use msb_testkit::suites::{fsx_configuration, number, seed, tool};
 
 /// Operations of one run; `MSB_FSX_OPS` asks for more.
 const OPERATIONS: u64 = 12_000;
@@ -37,8 +37,7 @@ fn exercise(flags: &[&str], ordinary: bool) -> Result<()> {
     ];
     for (length, largest, count) in shapes {
         let configuration = share.beside("fsx.toml");
-        let text = format!("flen = {length}\n[opsize]\nmax = {largest}\n{FSX_WEIGHTS}");
-        fs::write(&configuration, text)?;
+        fs::write(&configuration, fsx_configuration(length, largest))?;
         let seed = seed();
         let mut command = Command::new(tool("fsx")?);
         command

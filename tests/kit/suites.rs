@@ -21,7 +21,7 @@ entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
 "#;
 
 /// What fsx does, and how often.
-pub const FSX_WEIGHTS: &str = "
+const FSX_WEIGHTS: &str = "
 [weights]
 close_open = 1
 invalidate = 1
@@ -38,6 +38,14 @@ sendfile = 1
 posix_fadvise = 1
 copy_file_range = 1
 ";
+
+/// What fsx is told of a file of up to `length` bytes and operations of up to `largest` bytes.
+///
+/// None is of no bytes: fsx takes the `EINVAL` of such a `posix_fallocate(3)`, which any file
+/// system answers, for the want of the call.
+pub fn fsx_configuration(length: u64, largest: u64) -> String {
+    format!("flen = {length}\n[opsize]\nmin = 1\nmax = {largest}\n{FSX_WEIGHTS}")
+}
 
 /// Tests that must fail, each with its reason: an exact name, or `*` and what all names end with.
 pub type Exceptions<'a> = &'a [(&'a str, &'a str)];

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use msb_testkit::suites::{CONFIGURATION, FSX_WEIGHTS, Users, judge, number, outcomes, seed};
+use msb_testkit::suites::{CONFIGURATION, Users, fsx_configuration, judge, number, outcomes, seed};
 
 use super::Guest;
 
@@ -44,7 +44,7 @@ fn suites(mode: &str, ordinary: bool) -> Result<()> {
         ("large", 8 << 20, 3 << 20, operations / 40),
     ];
     for (name, length, largest, count) in shapes {
-        let text = format!("flen = {length}\n[opsize]\nmax = {largest}\n{FSX_WEIGHTS}");
+        let text = fsx_configuration(length, largest);
         guest.msb.write(&format!("suites/{name}.toml"), text)?;
         guest
             .msb
