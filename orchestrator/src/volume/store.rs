@@ -5,10 +5,10 @@
 //! remover was killed, and whoever meets it next clears it away.
 
 use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -303,7 +303,8 @@ fn make(
         .map_err(cannot)
         .and_then(|()| match record.capacity_bytes {
             Some(bytes) => make_ext4(&place.join(DISK_IMAGE), bytes, name.as_str()),
-            None => Ok(()),
+            // In the guest it is open to every user; on the host the folder above is not.
+            None => fs::set_permissions(&place, Permissions::from_mode(0o755)).map_err(cannot),
         });
     let recorded = made.and_then(|()| {
         sync_dir(&home.volumes()).map_err(cannot)?;
