@@ -54,6 +54,8 @@ pub enum ErrorKind {
     Boot,
     /// A command could not be run in the sandbox.
     Exec,
+    /// A command took longer than it was given.
+    ExecTimeout,
     /// The host refused an operation.
     Io,
     /// This host or this build cannot do it.

@@ -36,6 +36,7 @@ pub mod volume;
 pub use builder::{MountBuilder, NamedVolumeBuilder, SandboxBuilder};
 pub use error::{Error, ErrorKind, MicrosandboxResult};
 pub use mend::mend;
+pub use msb_protocol::Resource;
 pub use sandbox::{
     Copied, ExecControl, ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExecStdin, Launch,
     Sandbox, SandboxHandle,

@@ -68,7 +68,34 @@ fn commands(msb: &Msb) -> Result<()> {
         ensure!(said.code == code, "{command:?}: {said:?}");
     }
     let slow = msb.msb(["exec", "--timeout", "1", "life", "--", "sleep", "60"])?;
-    ensure!(slow.code == 124, "{slow:?}");
+    ensure!(
+        slow.code == 124 && slow.err.contains("killed after 1 s"),
+        "{slow:?}"
+    );
+    // What is let go is known to run first.
+    let missing = msb.msb(["exec", "-d", "life", "--", "no-such-program"])?;
+    ensure!(
+        missing.code == 127 && missing.err.contains("no-such-program: not found"),
+        "{missing:?}"
+    );
+    // Everybody can use a new volume, and nobody else's directory can be written.
+    for (flags, line, out) in [
+        (
+            ["-u", "user"],
+            "ls -ld /cache | cut -c 1-10",
+            "drwxr-xr-x\n",
+        ),
+        (["-w", "/made/deep"], "stat -c %a . ..", "755\n755\n"),
+        (
+            ["--rlimit", "nofile=64:128"],
+            "ulimit -Sn; ulimit -Hn",
+            "64\n128\n",
+        ),
+    ] {
+        let line = ["life", "--", "sh", "-c", line];
+        let said = msb.msb(["exec"].iter().chain(&flags).chain(&line))?;
+        ensure!(said.out == out, "{flags:?}: {said:?}");
+    }
     let said = msb.msb([
         "exec",
         "-e",
@@ -84,7 +111,11 @@ fn commands(msb: &Msb) -> Result<()> {
         "echo $COLOUR $SIZE $PWD $(id -un)",
     ])?;
     ensure!(said.out == "blue large /cache user\n", "{said:?}");
-    // A terminal, with its size, its echo and its control characters.
+    terminal(msb)
+}
+
+/// With its size, its echo and its control characters.
+fn terminal(msb: &Msb) -> Result<()> {
     let mut child = msb
         .command([
             "exec",
@@ -277,7 +308,11 @@ fn listings(msb: &Msb) -> Result<()> {
     ensure!(volume["used_bytes"].as_u64() > Some(5 << 20), "{volume}");
     let listed = json("ls --format json --label team=x")?;
     ensure!(
-        listed[0]["name"] == "life" && listed[0]["status"] == "running",
+        listed[0]["name"] == "life"
+            && listed[0]["status"] == "running"
+            && listed[0]["created_at"]
+                .as_str()
+                .is_some_and(|time| time.ends_with('Z')),
         "{listed}"
     );
     let shown = json("ps --format json")?;
@@ -348,6 +383,10 @@ fn logs(msb: &Msb) -> Result<()> {
         "{time}"
     );
     let rows = log(&["--format", "json", "--source", "stderr"])?.out;
+    ensure!(
+        log(&["--json", "--source", "stderr"])?.out == rows,
+        "{rows}"
+    );
     let row: Value = serde_json::from_str(&rows)?;
     ensure!(row["source"] == "stderr" && row["line"] == "three", "{row}");
     let system = log(&["--source", "system", "--timestamps"])?.out;
@@ -370,28 +409,44 @@ fn logs(msb: &Msb) -> Result<()> {
 
 /// On a terminal, and there alone, it is said what takes long.
 fn progress(msb: &Msb) -> Result<()> {
-    ensure!(msb.msb(["stop", "life"])?.code == 0, "it does not stop");
-    let mut start = msb.command(["start", "life"]);
-    let line = std::iter::once(start.get_program()).chain(start.get_args());
-    let line: Vec<_> = line.map(|word| word.to_string_lossy()).collect();
-    let mut shown = std::process::Command::new("script");
-    shown.args(["-qfec", &line.join(" "), "/dev/null"]);
-    for (name, value) in start.stdin(Stdio::null()).get_envs() {
-        if let Some(value) = value {
-            shown.env(name, value);
-        }
+    fs::File::create(msb.path("sparse"))?.set_len(256 << 20)?;
+    let stubborn = "trap '' TERM; while :; do sleep 1; done";
+    let said = msb.msb(["exec", "-d", "life", "--", "sh", "-c", stubborn])?;
+    ensure!(said.code == 0, "{said:?}");
+    for (line, step, end) in [
+        ("cp ./sparse life:/dev/null", "copying, ", ""),
+        ("stop life", "stopping", "Stopped life"),
+        ("start life", "booting", "Started life"),
+    ] {
+        let shown = on_a_terminal(msb, line)?;
+        ensure!(
+            shown.code == 0 && shown.out.contains(step) && shown.out.contains(end),
+            "{line}: {shown:?}"
+        );
     }
-    let shown = said(&shown.stdin(Stdio::null()).output()?)?;
-    ensure!(
-        shown.code == 0 && shown.out.contains("booting") && shown.out.contains("Started life"),
-        "{shown:?}"
-    );
     let again = msb.msb(["restart", "life"])?;
     ensure!(
         again.code == 0 && !again.err.contains("booting"),
         "{again:?}"
     );
     Ok(())
+}
+
+/// Runs a command line of `msb` with its output on a terminal.
+fn on_a_terminal(msb: &Msb, line: &str) -> Result<Said> {
+    let command = msb.command(line.split(' '));
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    let mut shown = std::process::Command::new("script");
+    shown
+        .args(["-qfec", &words.join(" "), "/dev/null"])
+        .current_dir(msb.path(""));
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            shown.env(name, value);
+        }
+    }
+    said(&shown.stdin(Stdio::null()).output()?)
 }
 
 fn restarted_elsewhere(msb: &Msb) -> Result<()> {

@@ -95,13 +95,12 @@ fn added(msb: &Msb) -> Result<()> {
 /// What `inspect` shows, nobody else can attach, and a restart mounts again.
 fn kept(msb: &Msb) -> Result<()> {
     let shown = good(msb.msb(["inspect", "box"])?)?;
-    for path in [
-        "/first",
-        "/srv/new/share",
-        "/etc/added",
-        "/data",
-        "/scratch",
-    ] {
+    let paths = good(mount(msb, &["ls", "-q", "box"])?)?.out;
+    ensure!(
+        paths == "/first\n/srv/new/share\n/etc/added\n/data\n/scratch\n",
+        "{paths}"
+    );
+    for path in paths.lines() {
         ensure!(
             shown.out.contains(&format!("{path} → ")),
             "{path}: {shown:?}"
@@ -146,7 +145,7 @@ fn removed(msb: &Msb, before: usize) -> Result<()> {
         "{left:?}"
     );
     ensure!(
-        good(mount(msb, &["ls", "box"])?)?.out.is_empty(),
+        good(mount(msb, &["ls", "-q", "box"])?)?.out.is_empty(),
         "still listed"
     );
     ensure!(backends(msb)? < before, "backends are left");

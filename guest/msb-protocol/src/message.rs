@@ -234,9 +234,62 @@ pub struct Exec {
     pub user: Option<String>,
     /// Runs on a terminal of this size when present.
     pub terminal: Option<WindowSize>,
+    /// Limits of what it may use; others are as the agent's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<ResourceLimit>,
     /// Work that is done in place of running a program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub builtin: Option<Builtin>,
+}
+
+/// How much of something a command may use, as setrlimit(2) has it; `u64::MAX` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResourceLimit {
+    /// Of what.
+    pub resource: Resource,
+    /// What it may use, until it raises that itself.
+    pub soft: u64,
+    /// Up to where it may raise that.
+    pub hard: u64,
+}
+
+/// Something that is limited, with the units of setrlimit(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Resource {
+    /// Address space, in bytes.
+    As,
+    /// Core file, in bytes.
+    Core,
+    /// Processor time, in seconds.
+    Cpu,
+    /// Data segment, in bytes.
+    Data,
+    /// Files that are written, each in bytes.
+    Fsize,
+    /// Number of file locks.
+    Locks,
+    /// Memory locked in RAM, in bytes.
+    Memlock,
+    /// POSIX message queues, in bytes.
+    Msgqueue,
+    /// Ceiling of the nice value, as 20 minus it.
+    Nice,
+    /// Number of open files.
+    Nofile,
+    /// Number of processes of the user.
+    Nproc,
+    /// Resident memory, in bytes; Linux ignores it.
+    Rss,
+    /// Ceiling of the real-time priority.
+    Rtprio,
+    /// Processor time without a blocking call under real-time scheduling, in microseconds.
+    Rttime,
+    /// Number of queued signals.
+    Sigpending,
+    /// Stack, in bytes.
+    Stack,
 }
 
 /// Work that the agent does itself, in a process of its own that is confined as a command is.

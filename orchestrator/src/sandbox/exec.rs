@@ -1,9 +1,11 @@
-//! Commands in a running sandbox: what is asked, what they print, how they end.
+//! Commands in a running sandbox: what they print, how they end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use msb_protocol::{Channel, Exec, ExitStatus, Frame, FromAgent, Kind, ToAgent, WindowSize};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, timeout_at};
 
 use super::client::Client;
 use crate::supervisor::control::ToSupervisor;
@@ -14,162 +16,6 @@ const OUTPUT_WINDOW: u64 = 1 << 20;
 
 /// Largest piece of standard input that is sent at once.
 const STDIN_PIECE: usize = 32 << 10;
-
-/// A command to run in a sandbox.
-///
-/// ```
-/// use microsandbox::ExecOptions;
-///
-/// let options = ExecOptions::new("make").args(["-j2", "test"]).env("V", "1").cwd("/app");
-/// assert_eq!(options.argv(), ["make", "-j2", "test"]);
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExecOptions {
-    argv: Vec<String>,
-    env: Vec<(String, String)>,
-    cwd: Option<String>,
-    user: Option<String>,
-    terminal: Option<(u16, u16)>,
-}
-
-impl ExecOptions {
-    /// A command that runs `program` without arguments.
-    ///
-    /// ```
-    /// use microsandbox::ExecOptions;
-    ///
-    /// assert_eq!(ExecOptions::new("uptime").argv(), ["uptime"]);
-    /// ```
-    pub fn new(program: impl Into<String>) -> Self {
-        Self {
-            argv: vec![program.into()],
-            env: Vec::new(),
-            cwd: None,
-            user: None,
-            terminal: None,
-        }
-    }
-
-    /// Adds arguments.
-    ///
-    /// ```
-    /// use microsandbox::ExecOptions;
-    ///
-    /// let options = ExecOptions::new("pip").args(["install", "-r"]).args(["requirements.txt"]);
-    /// assert_eq!(options.argv(), ["pip", "install", "-r", "requirements.txt"]);
-    /// ```
-    #[must_use]
-    pub fn args(mut self, args: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        self.argv.extend(args.into_iter().map(Into::into));
-        self
-    }
-
-    /// Sets a variable of its environment, on top of the image's and the sandbox's.
-    ///
-    /// ```
-    /// use microsandbox::ExecOptions;
-    ///
-    /// let options = ExecOptions::new("pytest").env("CI", "1").env("TZ", "UTC");
-    /// assert_ne!(options, ExecOptions::new("pytest"));
-    /// ```
-    #[must_use]
-    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.env.push((name.into(), value.into()));
-        self
-    }
-
-    /// Sets its working directory.
-    ///
-    /// ```no_run
-    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
-    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
-    /// let output = sandbox.exec_with(ExecOptions::new("pwd").cwd("/app"))?.output().await?;
-    /// assert_eq!(output.stdout(), "/app\n");
-    /// # Ok(())
-    /// # }
-    /// ```
-    #[must_use]
-    pub fn cwd(mut self, path: impl Into<String>) -> Self {
-        self.cwd = Some(path.into());
-        self
-    }
-
-    /// Sets its user, as `name`, `uid`, `name:group` or `uid:gid`.
-    ///
-    /// ```no_run
-    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
-    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
-    /// let output = sandbox.exec_with(ExecOptions::new("id").user("1000:1000"))?.output().await?;
-    /// assert!(output.stdout().starts_with("uid=1000"));
-    /// # Ok(())
-    /// # }
-    /// ```
-    #[must_use]
-    pub fn user(mut self, user: impl Into<String>) -> Self {
-        self.user = Some(user.into());
-        self
-    }
-
-    /// Runs it on a terminal of this size; standard error joins standard output then.
-    ///
-    /// ```no_run
-    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
-    /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
-    /// let output = sandbox.exec_with(ExecOptions::new("tty").terminal(24, 80))?.output().await?;
-    /// assert!(output.stdout().starts_with("/dev/pts/"));
-    /// # Ok(())
-    /// # }
-    /// ```
-    #[must_use]
-    pub fn terminal(mut self, rows: u16, cols: u16) -> Self {
-        self.terminal = Some((rows, cols));
-        self
-    }
-
-    /// Program and arguments.
-    ///
-    /// ```
-    /// use microsandbox::ExecOptions;
-    ///
-    /// let options = ExecOptions::new("ls").args(["-l", "/app"]);
-    /// assert_eq!(options.argv().join(" "), "ls -l /app");
-    /// ```
-    pub fn argv(&self) -> &[String] {
-        &self.argv
-    }
-
-    /// The message to the agent; what is not said here comes from `defaults`.
-    pub(super) fn into_message(self, defaults: &Defaults) -> Exec {
-        let mut env = defaults.env.clone();
-        for (name, value) in self.env {
-            set(&mut env, name, value);
-        }
-        Exec {
-            argv: self.argv,
-            env,
-            cwd: self.cwd.or_else(|| defaults.workdir.clone()),
-            user: self.user.or_else(|| defaults.user.clone()),
-            terminal: self.terminal.map(|(rows, cols)| WindowSize { rows, cols }),
-            builtin: None,
-        }
-    }
-}
-
-/// What commands of a sandbox get unless they say otherwise.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Defaults {
-    pub(super) env: Vec<(String, String)>,
-    pub(super) workdir: Option<String>,
-    pub(super) user: Option<String>,
-}
-
-/// Sets a variable in place of one with the same name.
-pub(super) fn set(env: &mut Vec<(String, String)>, name: String, value: String) {
-    match env.iter_mut().find(|(known, _)| *known == name) {
-        Some((_, old)) => *old = value,
-        None => env.push((name, value)),
-    }
-}
 
 /// Something that a running command did.
 ///
@@ -337,6 +183,10 @@ pub struct ExecHandle {
     channel: Channel,
     frames: mpsc::UnboundedReceiver<Frame>,
     stdin: Option<ExecStdin>,
+    /// When it is killed, and after what time that is.
+    limit: Option<(Instant, Duration)>,
+    /// It is nobody's any more: hanging up does not concern it.
+    detached: bool,
     done: bool,
 }
 
@@ -379,7 +229,12 @@ pub struct ExecControl {
 }
 
 impl ExecHandle {
-    pub(super) fn start(client: &Arc<Client>, exec: &Exec) -> MicrosandboxResult<Self> {
+    /// Starts it; it is killed after `limit`.
+    pub(super) fn start(
+        client: &Arc<Client>,
+        exec: &Exec,
+        limit: Option<Duration>,
+    ) -> MicrosandboxResult<Self> {
         let end = client.open()?;
         client
             .sender()
@@ -400,6 +255,8 @@ impl ExecHandle {
             channel: end.number,
             frames: end.frames,
             stdin: Some(stdin),
+            limit: limit.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit))),
+            detached: false,
             done: false,
         })
     }
@@ -453,10 +310,18 @@ impl ExecHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] when the sandbox ends before the command does.
+    /// [`ErrorKind::WrongState`] when the sandbox ends before the command does, and
+    /// [`ErrorKind::ExecTimeout`] when [`timeout`](super::ExecOptions::timeout) has passed.
     pub async fn next(&mut self) -> MicrosandboxResult<Option<ExecEvent>> {
         while !self.done {
-            let Some(frame) = self.frames.recv().await else {
+            let frame = match self.limit {
+                None => self.frames.recv().await,
+                Some((end, limit)) => match timeout_at(end, self.frames.recv()).await {
+                    Ok(frame) => frame,
+                    Err(_) => return Err(self.overdue(limit)),
+                },
+            };
+            let Some(frame) = frame else {
                 self.done = true;
                 return Err(self.lost().await);
             };
@@ -503,23 +368,25 @@ impl ExecHandle {
         Ok(output)
     }
 
-    /// Leaves it running without anybody who waits for it; its output goes to the sandbox's log.
-    /// The caller's process may end as soon as this has.
+    /// Leaves it running when this is dropped; its output goes to the sandbox's log. The caller's
+    /// process may end as soon as this has, or learn from [`ExecHandle::next`] that it runs.
     ///
     /// ```no_run
-    /// # use microsandbox::{ExecOptions, MicrosandboxResult, Sandbox};
+    /// # use microsandbox::{ExecEvent, ExecOptions, MicrosandboxResult, Sandbox};
     /// # async fn example(sandbox: &Sandbox) -> MicrosandboxResult<()> {
     /// let server = ExecOptions::new("python").args(["-m", "http.server"]);
-    /// sandbox.exec_with(server)?.detach().await;
+    /// let mut server = sandbox.exec_with(server)?;
+    /// server.detach().await;
+    /// assert!(matches!(server.next().await?, Some(ExecEvent::Started { .. })));
     /// println!("it writes to {}", sandbox.dir().output_log().display());
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn detach(mut self) {
+    pub async fn detach(&mut self) {
         self.client.tell(&ToSupervisor::Detach {
             channel: self.channel,
         });
-        self.done = true;
+        self.detached = true;
         self.client.sender().flushed().await;
     }
 
@@ -564,6 +431,14 @@ impl ExecHandle {
         Some(event)
     }
 
+    fn overdue(&mut self, limit: Duration) -> Error {
+        self.control().signal(libc::SIGKILL);
+        self.done = true;
+        self.client.close(self.channel);
+        let message = format!("the command was killed after {} s", limit.as_secs_f64());
+        Error::new(ErrorKind::ExecTimeout, message)
+    }
+
     /// Why the sandbox ended.
     async fn lost(&self) -> Error {
         super::why_ended(&self.client).await.unwrap_or_else(|| {
@@ -578,7 +453,9 @@ impl ExecHandle {
 impl Drop for ExecHandle {
     fn drop(&mut self) {
         if !self.done {
-            self.control().signal(libc::SIGHUP);
+            if !self.detached {
+                self.control().signal(libc::SIGHUP);
+            }
             self.client.close(self.channel);
         }
     }

@@ -16,13 +16,15 @@ mod client;
 mod copy;
 mod exec;
 mod handle;
+mod options;
 mod plug;
 
 use client::Client;
 pub use copy::Copied;
-use exec::Defaults;
-pub use exec::{ExecControl, ExecEvent, ExecHandle, ExecOptions, ExecOutput, ExecStdin};
+pub use exec::{ExecControl, ExecEvent, ExecHandle, ExecOutput, ExecStdin};
 pub use handle::SandboxHandle;
+use options::Defaults;
+pub use options::ExecOptions;
 
 /// What a shell's users find programs in when the image does not say.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -365,8 +367,9 @@ impl Sandbox {
     ///
     /// [`ErrorKind::WrongState`] when the sandbox has ended.
     pub fn exec_with(&self, options: ExecOptions) -> MicrosandboxResult<ExecHandle> {
+        let limit = options.limit();
         let exec = options.into_message(&self.defaults());
-        ExecHandle::start(&self.client, &exec)
+        ExecHandle::start(&self.client, &exec, limit)
     }
 
     /// Ends it: commands are asked to end, file systems are synced and unmounted.
@@ -452,7 +455,7 @@ impl Sandbox {
     fn defaults(&self) -> Defaults {
         let mut env = vec![("PATH".to_owned(), PATH.to_owned())];
         for (name, value) in self.image.env.iter().chain(&self.spec.process.env) {
-            exec::set(&mut env, name.clone(), value.clone());
+            options::set(&mut env, name.clone(), value.clone());
         }
         let process = &self.spec.process;
         Defaults {

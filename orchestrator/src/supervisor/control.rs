@@ -22,7 +22,8 @@ pub(crate) enum ToSupervisor {
         /// The sandbox ends when this client goes, and not only when it says so.
         attached: bool,
     },
-    /// Leaves the channel's command running when this client goes; its output goes to the log.
+    /// Leaves the channel's command running when this client goes, who still hears when it begins
+    /// and ends; its output goes to the log.
     Detach { channel: u32 },
     /// Adds a mount; the answer is `Changed`.
     Mount { addition: Box<Addition> },

@@ -62,9 +62,9 @@ struct Client {
 
 /// A command that runs in the guest.
 struct Running {
-    /// Its client and the channel's number there; nobody when it was detached.
+    /// Its client and the channel's number there; nobody when that has gone.
     client: Option<(u64, Channel)>,
-    /// Its output is kept: it was let go on purpose, and did not lose its client.
+    /// Its output is kept, and it outlives its client, who only hears when it begins and ends.
     detached: bool,
 }
 
@@ -297,7 +297,7 @@ impl Hub<'_> {
                     .iter_mut()
                     .find(|(_, running)| running.client == ours);
                 if let Some((channel, running)) = found {
-                    (running.client, running.detached) = (None, true);
+                    running.detached = true;
                     self.agent
                         .message(*channel, &ToAgent::OutputCredit { bytes: ENDLESS });
                     if let Ok(end) = Frame::data(*channel, Kind::Stdin, Vec::new()) {
@@ -336,6 +336,9 @@ impl Hub<'_> {
         for (channel, running) in &mut self.commands {
             if running.client.is_some_and(|(client, _)| client == number) {
                 running.client = None;
+                if running.detached {
+                    continue;
+                }
                 self.agent.message(
                     *channel,
                     &ToAgent::Signal {
@@ -369,8 +372,14 @@ impl Hub<'_> {
                 frame.message::<FromAgent>(),
                 Ok(FromAgent::Exited(_) | FromAgent::ExecFailed { .. })
             );
-        match running.client {
-            Some((number, theirs)) => {
+        let stream = match frame.kind {
+            Kind::Stdout => Some(Stream::Stdout),
+            Kind::Stderr => Some(Stream::Stderr),
+            _ => None,
+        };
+        match (running.client, stream) {
+            (_, Some(stream)) if running.detached => self.log(stream, &frame.payload),
+            (Some((number, theirs)), _) => {
                 let client = self.clients.get(&number);
                 let behind = client.is_some_and(|client| {
                     client.sender.send(Frame {
@@ -384,12 +393,7 @@ impl Hub<'_> {
                 }
             }
             // Nobody wants the rest of what somebody has stopped reading.
-            None if !running.detached => {}
-            None => match frame.kind {
-                Kind::Stdout => self.log(Stream::Stdout, &frame.payload),
-                Kind::Stderr => self.log(Stream::Stderr, &frame.payload),
-                _ => {}
-            },
+            (None, _) => {}
         }
         if over {
             self.commands.remove(&channel);

@@ -5,10 +5,10 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::OwnedFd;
 
-use msb_protocol::Exec;
+use msb_protocol::{Exec, Resource, ResourceLimit};
 use rustix::fs::{Mode, fchown};
 use rustix::io::Errno;
-use rustix::process::{Gid, Uid, chdir, ioctl_tiocsctty, setsid, umask};
+use rustix::process::{self, Gid, Rlimit, Uid, chdir, ioctl_tiocsctty, setrlimit, setsid, umask};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
@@ -72,6 +72,8 @@ fn prepare(
             message: format!("{what}: {errno}"),
         }
     };
+    // The agent's own is empty; the working directory may be made below.
+    umask(Mode::from_raw_mode(0o022));
     setsid().map_err(failed("cannot make a session"))?;
     connect(streams).map_err(failed("cannot connect the standard streams"))?;
     let identity = identify(exec.user.as_deref().unwrap_or("0"))?;
@@ -88,6 +90,10 @@ fn prepare(
         },
         message: format!("cannot use the working directory {cwd}: {errno}"),
     })?;
+    // As root, who may raise them.
+    for limit in &exec.limits {
+        set_limit(limit).map_err(failed("cannot set a limit"))?;
+    }
     if restricted {
         confine::bound().map_err(failed("cannot drop capabilities"))?;
     }
@@ -95,7 +101,6 @@ fn prepare(
     if restricted {
         confine::drop_rest(identity.uid == 0).map_err(failed("cannot drop capabilities"))?;
     }
-    umask(Mode::from_raw_mode(0o022));
     sys::default_signals().map_err(failed("cannot reset the signals"))?;
     Ok(environment(
         exec,
@@ -147,6 +152,33 @@ fn enter(cwd: &str) -> Result<(), Errno> {
     }
     std::fs::create_dir_all(cwd).map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
     chdir(cwd)
+}
+
+fn set_limit(limit: &ResourceLimit) -> Result<(), Errno> {
+    let resource = match limit.resource {
+        Resource::As => process::Resource::As,
+        Resource::Core => process::Resource::Core,
+        Resource::Cpu => process::Resource::Cpu,
+        Resource::Data => process::Resource::Data,
+        Resource::Fsize => process::Resource::Fsize,
+        Resource::Locks => process::Resource::Locks,
+        Resource::Memlock => process::Resource::Memlock,
+        Resource::Msgqueue => process::Resource::Msgqueue,
+        Resource::Nice => process::Resource::Nice,
+        Resource::Nofile => process::Resource::Nofile,
+        Resource::Nproc => process::Resource::Nproc,
+        Resource::Rss => process::Resource::Rss,
+        Resource::Rtprio => process::Resource::Rtprio,
+        Resource::Rttime => process::Resource::Rttime,
+        Resource::Sigpending => process::Resource::Sigpending,
+        Resource::Stack => process::Resource::Stack,
+    };
+    let limited = |value: u64| (value != u64::MAX).then_some(value);
+    let new = Rlimit {
+        current: limited(limit.soft),
+        maximum: limited(limit.hard),
+    };
+    setrlimit(resource, new)
 }
 
 fn become_user(identity: &Identity) -> Result<(), Errno> {
@@ -269,6 +301,7 @@ mod tests {
             cwd: None,
             user: None,
             terminal: None,
+            limits: vec![],
             builtin: None,
         };
         let identity = Identity {

@@ -66,6 +66,24 @@ pub(crate) async fn join(
     code
 }
 
+/// Leaves a command running, once it runs.
+pub(crate) async fn leave(mut handle: ExecHandle) -> Result<Joined, Error> {
+    handle.detach().await;
+    Ok(Joined::Ended(match handle.next().await? {
+        Some(ExecEvent::NotStarted { errno, message }) => not_started(errno, message),
+        _ => 0,
+    }))
+}
+
+/// Says why a command does not run; its exit code.
+fn not_started(errno: i32, message: String) -> i32 {
+    crate::output::error(&Error::new(ErrorKind::Exec, message));
+    match errno {
+        libc::ENOENT | libc::ENOTDIR => NOT_FOUND,
+        _ => NOT_EXECUTABLE,
+    }
+}
+
 /// A terminal in raw mode, put back when dropped.
 struct RawMode(Termios);
 
@@ -133,9 +151,7 @@ async fn pump_output(handle: &mut ExecHandle, control: &ExecControl) -> Result<i
             ExecEvent::Stderr(bytes) => write(&mut sinks.err, bytes).await,
             ExecEvent::Exited { code } => return Ok(*code),
             ExecEvent::NotStarted { errno, message } => {
-                crate::output::error(&Error::new(ErrorKind::Exec, message.clone()));
-                let missing = *errno == libc::ENOENT || *errno == libc::ENOTDIR;
-                return Ok(if missing { NOT_FOUND } else { NOT_EXECUTABLE });
+                return Ok(not_started(*errno, message.clone()));
             }
             _ => Ok(()),
         };

@@ -56,12 +56,17 @@ async fn rm(args: &MountRemove) -> Result<ExitCode, Error> {
 fn ls(args: &MountList) -> Result<ExitCode, Error> {
     let name = SandboxName::try_from(args.name.clone())?;
     let mounts = Home::from_env()?.find_sandbox(&name)?.spec()?.mounts;
-    if args.format.format == OutputFormat::Json {
+    if !args.quiet && args.format.format == OutputFormat::Json {
         output::json(&mounts)?;
-    } else {
-        for mount in &mounts {
-            output::print(&format!("{}\n", mount_line(mount)))?;
-        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    for mount in &mounts {
+        let line = if args.quiet {
+            mount.target.to_string()
+        } else {
+            mount_line(mount)
+        };
+        output::print(&format!("{line}\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

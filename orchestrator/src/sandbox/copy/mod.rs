@@ -157,9 +157,10 @@ impl Sandbox {
             cwd: None,
             user: defaults.user,
             terminal: None,
+            limits: Vec::new(),
             builtin: Some(work),
         };
-        ExecHandle::start(&self.client, &exec)
+        ExecHandle::start(&self.client, &exec, None)
     }
 }
 

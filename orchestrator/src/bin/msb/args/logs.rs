@@ -33,6 +33,9 @@ pub(crate) struct Logs {
     /// guest's console, the backends and the VMM say
     #[arg(long, value_enum, default_value_t)]
     pub(crate) source: LogSource,
+    /// The same as --format json
+    #[arg(long, conflicts_with = "format")]
+    pub(crate) json: bool,
     /// `json` prints one object a line
     #[command(flatten)]
     pub(crate) format: Format,

@@ -2,6 +2,7 @@
 
 mod conf;
 mod filter;
+mod limit;
 mod logs;
 mod mount;
 mod sandbox;
@@ -34,7 +35,14 @@ pub(crate) struct Cli {
 /// How much is said about what is being done, on standard error.
 #[derive(Debug, Args)]
 #[group(multiple = false)]
+#[command(next_help_heading = "Logging")]
 pub(crate) struct LogFlags {
+    /// Log errors only
+    #[arg(long, global = true)]
+    pub(crate) error: bool,
+    /// Log what may be wrong; this is the default
+    #[arg(long, global = true)]
+    pub(crate) warn: bool,
     /// Log life-cycle events
     #[arg(long, global = true)]
     pub(crate) info: bool,

@@ -47,6 +47,9 @@ pub(crate) struct MountRemove {
 pub(crate) struct MountList {
     /// Name of the sandbox
     pub(crate) name: String,
+    /// Print guest paths only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
     #[command(flatten)]
     pub(crate) format: Format,
 }

@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use microsandbox::spec::{self, ImageSource, MountFlag, MountSpec};
@@ -128,9 +129,8 @@ pub(crate) struct Run {
     /// Return once it runs, and leave it running
     #[arg(short, long)]
     pub(crate) detach: bool,
-    /// Remove a sandbox of the same name first
-    #[arg(long)]
-    pub(crate) replace: bool,
+    #[command(flatten)]
+    pub(crate) replace: ReplaceFlags,
     /// Give the command a terminal even when standard input is none
     #[arg(short, long, overrides_with = "no_tty")]
     pub(crate) tty: bool,
@@ -145,13 +145,31 @@ pub(crate) struct Run {
     pub(crate) command: Vec<String>,
 }
 
+/// What becomes of a sandbox that has the name already.
+#[derive(Debug, Args)]
+pub(crate) struct ReplaceFlags {
+    /// Remove a sandbox of the same name first
+    #[arg(long)]
+    replace: bool,
+    /// The same, and end it by force after so many seconds [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    replace_with_timeout: Option<u64>,
+}
+
+impl ReplaceFlags {
+    /// How long it has to stop, if it is to be replaced.
+    pub(crate) fn limit(&self) -> Option<Duration> {
+        let seconds = self.replace_with_timeout.or(self.replace.then_some(10));
+        seconds.map(Duration::from_secs)
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Create {
     #[command(flatten)]
     pub(crate) sandbox: SandboxFlags,
-    /// Remove a sandbox of the same name first
-    #[arg(long)]
-    pub(crate) replace: bool,
+    #[command(flatten)]
+    pub(crate) replace: ReplaceFlags,
     /// Print nothing
     #[arg(short, long)]
     pub(crate) quiet: bool,
@@ -226,8 +244,12 @@ pub(crate) struct Exec {
     #[arg(long)]
     pub(crate) no_stdin: bool,
     /// Seconds until the command is killed
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "detach")]
     pub(crate) timeout: Option<u64>,
+    /// How much of something it may use, as `ulimit` has it, such as nofile=1024:4096; may be
+    /// repeated
+    #[arg(long = "rlimit", value_name = "RESOURCE=SOFT[:HARD]", value_parser = super::limit::limit)]
+    pub(crate) limits: Vec<super::limit::Limit>,
     /// Print nothing but what the command prints
     #[arg(short, long)]
     pub(crate) quiet: bool,

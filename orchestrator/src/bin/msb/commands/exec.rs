@@ -9,6 +9,7 @@ use microsandbox::{Error, ErrorKind, Launch, Sandbox};
 
 use crate::args::Exec;
 use crate::attach::{self, Joined};
+use crate::output;
 use crate::progress::Progress;
 
 /// Exit code of a command that took too long, as timeout(1) gives it.
@@ -46,22 +47,24 @@ pub(super) async fn exec(args: &Exec) -> Result<ExitCode, Error> {
     if let Some(user) = process.user {
         options = options.user(user);
     }
-    let handle = sandbox.exec_with(options)?;
-    if args.detach {
-        handle.detach().await;
-        return Ok(ExitCode::SUCCESS);
+    for limit in &args.limits {
+        options = options.rlimit(limit.resource, limit.soft, limit.hard);
     }
-    let control = handle.control();
-    let joined = attach::join(handle, terminal, !args.no_stdin);
-    let joined = match args.timeout {
-        None => joined.await?,
-        Some(seconds) => match tokio::time::timeout(Duration::from_secs(seconds), joined).await {
-            Ok(joined) => joined?,
-            Err(_) => {
-                control.signal(libc::SIGKILL);
-                Joined::Ended(TIMED_OUT)
-            }
-        },
+    if let Some(seconds) = args.timeout {
+        options = options.timeout(Duration::from_secs(seconds));
+    }
+    let handle = sandbox.exec_with(options)?;
+    let joined = if args.detach {
+        attach::leave(handle).await
+    } else {
+        attach::join(handle, terminal, !args.no_stdin).await
+    };
+    let joined = match joined {
+        Err(error) if error.kind() == ErrorKind::ExecTimeout => {
+            output::error(&error);
+            Joined::Ended(TIMED_OUT)
+        }
+        joined => joined?,
     };
     let (Joined::Ended(code) | Joined::Interrupted(code)) = joined;
     Ok(super::exit_code(code))

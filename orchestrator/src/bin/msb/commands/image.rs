@@ -76,18 +76,13 @@ fn list(store: &ImageStore, format: OutputFormat, quiet: bool) -> Result<ExitCod
                 [] => "-".to_owned(),
                 names => names.join(", "),
             };
-            let size = format!("{:.1} MiB", mebibytes(image.record.size_bytes));
+            let size = output::bytes(image.record.size_bytes);
             let id = image.record.id.clone();
             table.row([name, id, size, image.record.entries.to_string()]);
         }
         table.print()?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn mebibytes(bytes: u64) -> f64 {
-    // Shown with one digit: what a float cannot hold of it does not matter.
-    bytes as f64 / f64::from(1 << 20)
 }
 
 fn remove(store: &ImageStore, names: &[String], quiet: bool) -> Result<ExitCode, Error> {

@@ -37,7 +37,7 @@ pub(super) async fn stop(args: &Stop) -> Result<ExitCode, Error> {
         tally.count(
             "Stopped",
             &name,
-            stop_one(&home, &name, args.force, limit).await,
+            stop_one(&home, &name, args.force, limit, args.which.quiet).await,
         );
     }
     Ok(tally.code())
@@ -49,7 +49,7 @@ pub(super) async fn restart(args: &Restart) -> Result<ExitCode, Error> {
     let mut tally = Tally::new(args.which.quiet);
     let limit = Duration::from_secs(args.timeout);
     for name in select(&home, &args.which)? {
-        let done = match stop_one(&home, &name, false, limit).await {
+        let done = match stop_one(&home, &name, false, limit, args.which.quiet).await {
             Err(error) if error.kind() != ErrorKind::WrongState => Err(error),
             // One that does not run is started.
             _ => start_one(&home, &name, args.which.quiet).await,
@@ -62,20 +62,32 @@ pub(super) async fn restart(args: &Restart) -> Result<ExitCode, Error> {
 /// `msb rm`.
 pub(super) async fn rm(args: &Remove) -> Result<ExitCode, Error> {
     let home = Home::from_env()?;
+    let limit = args.force.then_some(REMOVE_LIMIT);
     let mut tally = Tally::new(args.which.quiet);
     for name in select(&home, &args.which)? {
-        tally.count("Removed", &name, remove(&home, &name, args.force).await);
+        tally.count(
+            "Removed",
+            &name,
+            remove(&home, &name, limit, args.which.quiet).await,
+        );
     }
     Ok(tally.code())
 }
 
-/// Removes a sandbox, with `force` also one that runs.
-pub(super) async fn remove(home: &Home, name: &str, force: bool) -> Result<(), Error> {
+/// Removes a sandbox; with a limit for its stop also one that runs.
+pub(super) async fn remove(
+    home: &Home,
+    name: &str,
+    limit: Option<Duration>,
+    quiet: bool,
+) -> Result<(), Error> {
     let name = SandboxName::try_from(name.to_owned())?;
     let dir = home.find_sandbox(&name)?;
-    if force && dir.is_running() {
+    if let Some(limit) = limit
+        && dir.is_running()
+    {
         // Ended as `stop` ends it, so that volumes keep everything.
-        let stopped = stop_one(home, name.as_str(), false, REMOVE_LIMIT).await;
+        let stopped = stop_one(home, name.as_str(), false, limit, quiet).await;
         if let Err(error) = stopped
             && dir.is_running()
         {
@@ -85,7 +97,7 @@ pub(super) async fn remove(home: &Home, name: &str, force: bool) -> Result<(), E
     mend(home);
     match dir.remove() {
         // An ephemeral sandbox goes when it stops.
-        Err(error) if force && error.kind() == ErrorKind::SandboxNotFound => Ok(()),
+        Err(error) if limit.is_some() && error.kind() == ErrorKind::SandboxNotFound => Ok(()),
         done => done,
     }
 }
@@ -101,9 +113,17 @@ async fn start_one(home: &Home, name: &str, quiet: bool) -> Result<(), Error> {
     Sandbox::start(home, &name, launch).await.map(drop)
 }
 
-async fn stop_one(home: &Home, name: &str, force: bool, limit: Duration) -> Result<(), Error> {
+async fn stop_one(
+    home: &Home,
+    name: &str,
+    force: bool,
+    limit: Duration,
+    quiet: bool,
+) -> Result<(), Error> {
     let name = SandboxName::try_from(name.to_owned())?;
     let sandbox = Sandbox::connect(home, &name).await?;
+    let progress = Progress::new(quiet);
+    progress.step("stopping");
     if force {
         sandbox.kill().await
     } else {

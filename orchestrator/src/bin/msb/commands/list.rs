@@ -1,6 +1,7 @@
 //! `msb ls`, `ps` and `inspect`: what sandboxes there are and what they are.
 
 use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use microsandbox::evidence::{self, Evidence};
 use microsandbox::plan::Plan;
@@ -18,6 +19,7 @@ struct Row {
     name: String,
     status: Status,
     image: String,
+    created_at: String,
     created_at_ms: u64,
 }
 
@@ -61,6 +63,7 @@ pub(super) fn ls(args: &Sandboxes) -> Result<ExitCode, Error> {
             name: dir.name().to_string(),
             status: state.status,
             image: image(&spec.image),
+            created_at: output::timestamp(moment(dir.created_at_ms())),
             created_at_ms: dir.created_at_ms(),
         });
     }
@@ -73,7 +76,7 @@ pub(super) fn ls(args: &Sandboxes) -> Result<ExitCode, Error> {
     } else {
         let mut table = Table::new(&["NAME", "IMAGE", "STATUS", "CREATED"]);
         for row in rows {
-            let age = age(row.created_at_ms);
+            let age = output::age(moment(row.created_at_ms));
             table.row([row.name, row.image, word(row.status).to_owned(), age]);
         }
         table.print()?;
@@ -276,7 +279,7 @@ fn describe(whole: &Whole) -> String {
         format!("Name:      {}", whole.name),
         format!("Image:     {}", image(&spec.image)),
         format!("Status:    {}", word(whole.state.status)),
-        format!("Created:   {}", age(whole.created_at_ms)),
+        format!("Created:   {}", output::age(moment(whole.created_at_ms))),
     ];
     if let Some(failure) = &whole.state.failure {
         lines.push(format!("Failure:   {failure}"));
@@ -388,14 +391,6 @@ fn image(source: &ImageSource) -> String {
     }
 }
 
-fn age(since_ms: u64) -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let now = now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
-    let seconds = now.saturating_sub(since_ms) / 1000;
-    match seconds {
-        0..60 => format!("{seconds} s ago"),
-        60..3600 => format!("{} min ago", seconds / 60),
-        3600..86400 => format!("{} h ago", seconds / 3600),
-        _ => format!("{} days ago", seconds / 86400),
-    }
+fn moment(ms: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(ms)
 }

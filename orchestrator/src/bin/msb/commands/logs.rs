@@ -111,7 +111,7 @@ fn show(line: &Line, args: &Logs) -> Result<(), Error> {
         .time
         .map(|time| humantime::format_rfc3339_millis(time).to_string());
     let mut text = Vec::new();
-    if args.format.format == OutputFormat::Json {
+    if args.json || args.format.format == OutputFormat::Json {
         let row = Row {
             time,
             source: line.source,

@@ -48,6 +48,7 @@ fn start_log(cli: &Cli) {
         log if log.trace => LevelFilter::TRACE,
         log if log.debug => LevelFilter::DEBUG,
         log if log.info || supervises => LevelFilter::INFO,
+        log if log.error => LevelFilter::ERROR,
         _ => LevelFilter::WARN,
     };
     let log = tracing_subscriber::fmt()

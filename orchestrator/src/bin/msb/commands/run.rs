@@ -1,6 +1,7 @@
 //! `msb run` and `msb create`: a new sandbox, in the foreground or left running.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use microsandbox::rundir::Home;
 use microsandbox::spec::SandboxSpec;
@@ -15,7 +16,7 @@ use crate::progress::Progress;
 pub(super) async fn create(args: &Create) -> Result<ExitCode, Error> {
     let mut spec = args.sandbox.spec(&super::current_dir()?)?;
     spec.ephemeral = false;
-    let sandbox = launch(spec, args.replace, false, args.quiet).await?;
+    let sandbox = launch(spec, args.replace.limit(), false, args.quiet).await?;
     if !args.quiet {
         output::print(&format!("{}\n", sandbox.name()))?;
     }
@@ -26,27 +27,25 @@ pub(super) async fn create(args: &Create) -> Result<ExitCode, Error> {
 pub(super) async fn run(args: &Run) -> Result<ExitCode, Error> {
     let mut spec = args.sandbox.spec(&super::current_dir()?)?;
     spec.ephemeral &= !args.detach;
-    let sandbox = launch(spec, args.replace, !args.detach, args.quiet).await?;
+    let sandbox = launch(spec, args.replace.limit(), !args.detach, args.quiet).await?;
     let argv = sandbox.main_command(&args.command);
     let terminal = !args.detach && attach::wants_terminal(args.tty, args.no_tty);
     let options = options(argv, terminal)?;
     if args.detach {
-        if !args.command.is_empty() {
-            sandbox.exec_with(options)?.detach().await;
-        }
         if !args.quiet {
             output::print(&format!("{}\n", sandbox.name()))?;
         }
-        return Ok(ExitCode::SUCCESS);
+        if args.command.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let (Joined::Ended(code) | Joined::Interrupted(code)) =
+            attach::leave(sandbox.exec_with(options)?).await?;
+        return Ok(super::exit_code(code));
     }
     let joined = attach::join(sandbox.exec_with(options)?, terminal, true).await;
     // Whatever became of the command, nothing of the sandbox is to be left running.
     match joined {
-        Ok(Joined::Ended(code)) => {
-            sandbox.stop().await?;
-            Ok(super::exit_code(code))
-        }
-        Ok(Joined::Interrupted(code)) => {
+        Ok(Joined::Ended(code) | Joined::Interrupted(code)) => {
             sandbox.stop().await?;
             Ok(super::exit_code(code))
         }
@@ -76,13 +75,13 @@ pub(super) fn options(argv: Vec<String>, terminal: bool) -> Result<ExecOptions, 
 
 async fn launch(
     spec: SandboxSpec,
-    replace: bool,
+    replace: Option<Duration>,
     attached: bool,
     quiet: bool,
 ) -> Result<Sandbox, Error> {
     let home = Home::from_env()?;
-    if replace && home.sandbox(&spec.name).spec_path().exists() {
-        super::lifecycle::remove(&home, spec.name.as_str(), true).await?;
+    if replace.is_some() && home.sandbox(&spec.name).spec_path().exists() {
+        super::lifecycle::remove(&home, spec.name.as_str(), replace, quiet).await?;
     }
     let progress = Progress::new(quiet);
     let tell = |step: &str| progress.step(step);
