@@ -1,5 +1,6 @@
 //! Programs of others in a guest: the host's own, served to it read-only, so that they judge us.
 
+mod disk;
 mod posix;
 
 use std::os::unix::process::CommandExt;
