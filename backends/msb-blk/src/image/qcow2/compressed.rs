@@ -51,6 +51,22 @@ mod tests {
             inflate(&bomb, 512, Compression::Zlib).unwrap(),
             vec![7; 512]
         );
+        // A frame of RFC 8878 with a window of 128 KiB, and blocks that repeat a byte so often.
+        let frame = |window| vec![0x28, 0xb5, 0x2f, 0xfd, 0, window];
+        let mut bomb = frame(0x38);
+        let mut blocks = Vec::new();
+        for _ in 0..(64 << 20) / (128 << 10) {
+            blocks.extend_from_slice(&((128_u32 << 10) << 3 | 1 << 1).to_le_bytes()[..3]);
+            blocks.push(7);
+        }
+        bomb.extend(&blocks);
+        assert_eq!(
+            inflate(&bomb, 512, Compression::Zstd).unwrap(),
+            vec![7; 512]
+        );
+        // A window of 2 TiB is not believed.
+        let bomb = [frame(0xff), blocks].concat();
+        assert!(inflate(&bomb, 512, Compression::Zstd).is_err());
     }
 
     #[test]
