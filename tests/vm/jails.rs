@@ -47,6 +47,9 @@ fn every_process_of_a_sandbox_is_locked_in() -> Result<()> {
         return Ok(());
     }
     msb.dir("share")?;
+    // What a shell may leave open for the programs that it starts.
+    let left = fs::File::open(msb.write("left-open", "")?)?;
+    let left = rustix::io::dup(&left)?;
     let flags = [
         "--name",
         "jailed",
@@ -58,6 +61,7 @@ fn every_process_of_a_sandbox_is_locked_in() -> Result<()> {
     ];
     let created = msb.msb(["create"].iter().chain(&flags))?;
     ensure!(created.code == 0, "{created:?}");
+    drop(left);
     let shown = msb.msb(["inspect", "jailed", "--evidence", "--format", "json"])?;
     let text = msb.msb(["inspect", "jailed", "--evidence"])?;
     let removed = msb.msb(["rm", "-f", "jailed"])?;
@@ -66,6 +70,7 @@ fn every_process_of_a_sandbox_is_locked_in() -> Result<()> {
         "{shown:?} {removed:?}"
     );
     ensure!(text.out.contains("no_new_privs 1"), "{text:?}");
+    ensure!(!text.out.contains("left-open"), "{text:?}");
     let processes: Vec<Value> = serde_json::from_str(&shown.out)?;
     let count = |name: &str| processes.iter().filter(|p| p["name"] == name).count();
     // Image, share and share in `off`; the root disk; each one that serves and one that waits.

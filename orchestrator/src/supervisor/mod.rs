@@ -48,12 +48,14 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 
 /// Is the supervisor of the sandbox in `folder`, until that ends.
 ///
-/// Must be called on the main thread of a process of its own, whose standard input is a socket.
+/// Must be called on the main thread of a process of its own, whose standard input is a socket and
+/// which has opened nothing else.
 ///
 /// # Errors
 ///
 /// When it cannot even tell its caller what is wrong; everything else is told over the socket.
 pub fn supervise(folder: &Path) -> MicrosandboxResult<()> {
+    crate::vmm::close_inherited();
     // It was started by a name that says nothing.
     let _ = rustix::thread::set_name(c"msb-supervisor");
     // Out of the caller's terminal: what Ctrl-C means is the caller's decision.
@@ -110,7 +112,7 @@ pub(crate) fn tied_to_parent(program: &Path, reach: Option<&Reach>) -> Microsand
 }
 
 /// Becomes `argv`, to be killed when the process `parent` dies, and confined to `reach` if that is
-/// given.
+/// given. This process must have opened nothing.
 ///
 /// # Errors
 ///
@@ -122,7 +124,8 @@ pub fn become_tied(
 ) -> MicrosandboxResult<()> {
     use std::os::unix::process::CommandExt;
     let cannot = |error: std::io::Error| Error::io("cannot start the program", error);
-    // First, for a change of identity clears the setting below.
+    crate::vmm::close_inherited();
+    // Before the rest, for a change of identity clears the setting below.
     if let Some(reach) = reach {
         crate::vmm::confine(reach);
     }

@@ -24,6 +24,7 @@ mod sys;
 pub use confine::{Reach, confine};
 pub use libkrun::{become_machine, probe};
 pub(crate) use plug::Plug;
+pub(crate) use sys::close_inherited;
 
 /// Quiet, so that a boot that works prints nothing; a panic ends the VM instead of hanging it. The
 /// rest leaves out what takes long under emulation and what no guest of ours needs: self-tests, a
