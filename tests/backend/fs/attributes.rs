@@ -362,6 +362,40 @@ fn writing_takes_set_id_bits_and_capabilities_away() -> Result<()> {
 }
 
 #[test]
+fn what_an_overlay_copies_up_keeps_its_privileges() -> Result<()> {
+    for mode in ["strict", "relaxed"] {
+        let folder = folder()?;
+        let mut server = Server::start(folder.path(), &["--stat-virt", mode])?;
+        let temporary = words(&[0o2, 0o100_644, 0, 0]);
+        server.well(TMPFILE, 1, &temporary)?;
+        // Nobody may enter the directory in which an overlay makes its copies.
+        let work = server.mkdir(1, "work", 0)?;
+        let (error, _) = server.ask(TMPFILE, work, &temporary)?;
+        ensure!(error == EOPNOTSUPP, "{mode}: {error}");
+        let (node, _) = server.create(work, "#1", 0)?;
+        ensure!(
+            server.setxattr(node, "security.capability", b"caps")? == 0,
+            "setcap"
+        );
+        let special = |server: &mut Server| -> Result<_> {
+            let mode = server.attr(node)?.mode & 0o7777;
+            Ok((mode, server.getxattr(node, "security.capability")?.is_ok()))
+        };
+        ensure!(server.setattr(node, MODE, (0, 0o6755, 0, 0))? == 0, "chmod");
+        let give = UID | GID | KILL_SUIDGID;
+        ensure!(server.setattr(node, give, (0, 0, 9, 9))? == 0, "chown");
+        ensure!(special(&mut server)? == (0o6755, true), "{mode}: lost");
+        // Elsewhere it is like any other file, also when nobody has looked for it there.
+        let mut body = longs(&[1]);
+        body.extend_from_slice(b"#1\0program\0");
+        server.well(RENAME, work, &body)?;
+        ensure!(server.setattr(node, give, (0, 0, 9, 9))? == 0, "chown");
+        ensure!(special(&mut server)? == (0o755, false), "{mode}: kept");
+    }
+    Ok(())
+}
+
+#[test]
 fn our_attributes_are_out_of_the_guests_reach() -> Result<()> {
     let folder = folder()?;
     let share = folder.path().join("share");

@@ -111,8 +111,9 @@ const LENGTHS: &[usize] = &[0, 1, 100, 4095, 4096, 4097, 10_000, 40_000];
 const PLACES: &[u64] = &[0, 1, 4096, 5000, 8192, 20_000, 65_536];
 /// Setgid goes with the group's execute bit: without, a write by somebody outside of the group drops
 /// it on the host, and the protocol says that it stays.
+/// None is empty: a directory that permits nothing is where an overlay works, and is not like others.
 const MODES: &[u32] = &[
-    0o644, 0o600, 0o755, 0o777, 0o666, 0o4755, 0o2755, 0o6777, 0o4644, 0o000,
+    0o644, 0o600, 0o755, 0o777, 0o666, 0o4755, 0o2755, 0o6777, 0o4644, 0o001,
 ];
 const USERS: &[u32] = &[0, 1000, 1001];
 

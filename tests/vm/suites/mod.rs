@@ -1,6 +1,7 @@
 //! Programs of others in a guest: the host's own, served to it read-only, so that they judge us.
 
 mod disk;
+mod files;
 mod posix;
 
 use std::os::unix::process::CommandExt;
@@ -28,7 +29,8 @@ mkdir -p /m/lib/modules
 ln -s /kernel /m/lib/modules/$(uname -r)
 ln -s /usr/bin/kmod /m/modprobe
 for name in mount umount; do ln -s /bin/busybox /m/$name; done
-module() { modprobe -d /m -a "$@"; }
+# busybox would take its own modprobe, which knows no other folder.
+module() { /m/modprobe -d /m -a "$@"; }
 "#;
 
 /// Runs guests that have the programs of this machine.

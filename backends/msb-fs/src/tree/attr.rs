@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use zerocopy::FromZeros;
 
 use super::overlay::without_special;
-use super::table::{Cold, Found, Node};
+use super::table::{Cold, Found, Node, key};
 use super::{Caller, FILE_ID, Result, StatVirt, Tree};
 use crate::quota::{BLOCK, Room, Tally};
 use crate::sys;
@@ -144,15 +144,17 @@ impl Tree {
             Some(handle) => Arc::clone(&handle.node),
             None => self.node(id)?,
         };
-        if args.valid & (set::MODE | set::UID | set::GID) != 0 {
-            self.set_owner_and_mode(&node, args)?;
+        let given = args.valid & (set::UID | set::GID) != 0;
+        let copied = given && self.is_copied_up(&node);
+        if given || args.valid & set::MODE != 0 {
+            self.set_owner_and_mode(&node, args, copied)?;
         }
         if args.valid & set::SIZE != 0 {
             let fd = handle.as_ref().map(|handle| handle.fd());
             let kept = || self.truncate(&node, fd, args.size);
             self.overlay.keeping_special(&node, kept)?;
         }
-        let changed = args.valid & (set::SIZE | set::UID | set::GID) != 0;
+        let changed = args.valid & set::SIZE != 0 || given && !copied;
         // With nothing to set, Linux asks for no more than that: `file_modified` of a change whose
         // request has no flag for it.
         let asked = args.valid & !(set::FH | set::LOCKOWNER) == 0;
@@ -165,7 +167,30 @@ impl Tree {
         self.attr_of(&node)
     }
 
-    fn set_owner_and_mode(&self, node: &Node, args: &SetattrIn) -> Result<()> {
+    /// Whether an overlay in the guest is copying the file up. It gives its copy the mode first and
+    /// then the owner, which of a local file system takes nothing away, but is the same request as
+    /// that of chown(2), which does.
+    fn is_copied_up(&self, node: &Node) -> bool {
+        let Some(place) = node.facts(|facts| facts.place.clone()) else {
+            return false;
+        };
+        let Ok(parent) = self.directory(place.parent) else {
+            return false;
+        };
+        // Where it was last seen: it may have been moved since.
+        let there =
+            || sys::stat_in(&parent.file, place.name()).is_ok_and(|at| key(&at) == node.key);
+        self.is_workshop(&parent) == Ok(true) && there()
+    }
+
+    /// Whether a directory is one in which an overlay makes its files: those alone have no
+    /// permissions at all.
+    pub(super) fn is_workshop(&self, node: &Node) -> Result<bool> {
+        let view = self.overlay.view(node, &sys::stat(&node.file)?)?;
+        Ok(view.mode & 0o7777 == 0)
+    }
+
+    fn set_owner_and_mode(&self, node: &Node, args: &SetattrIn, copied: bool) -> Result<()> {
         let _guard = self.overlay.lock();
         let stat = sys::stat(&node.file)?;
         let mut view = self.overlay.view(node, &stat)?;
@@ -176,7 +201,7 @@ impl Tree {
         if args.valid & set::GID != 0 {
             view.gid = args.gid;
         }
-        if args.valid & (set::UID | set::GID) != 0 {
+        if args.valid & (set::UID | set::GID) != 0 && !copied {
             view.mode = without_special(view.mode);
         }
         if args.valid & set::MODE != 0 {

@@ -88,7 +88,9 @@ impl Tree {
         }
     }
 
-    /// Creates a regular file that has no name yet and opens it.
+    /// Creates a regular file that has no name yet and opens it. Not for an overlay of the guest,
+    /// which makes do without: once it had linked such a file, its kernel would ask for it by the
+    /// name it never had, and take it for stale.
     pub fn tmpfile(
         &self,
         parent: u64,
@@ -96,6 +98,9 @@ impl Tree {
         caller: Caller,
     ) -> Result<(EntryOut, OpenOut)> {
         let parent = self.directory(parent)?;
+        if self.is_workshop(&parent)? {
+            return Err(Errno::OPNOTSUPP);
+        }
         let mode = S_IFREG | (args.mode & 0o7777);
         let shape = self.shape(&parent, (mode, args.umask), 0, caller)?;
         let flags = OFlags::RDWR | OFlags::TMPFILE;

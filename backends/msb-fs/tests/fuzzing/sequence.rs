@@ -41,6 +41,10 @@ struct Run<'a> {
     opened: Vec<Open>,
 }
 
+/// What every directory permits: one that permits nothing is where an overlay works, and is not
+/// like the others.
+const SOME: u32 = 1;
+
 /// `data` as operations on a handful of names.
 pub fn sequence(data: &[u8]) {
     let Some((how, rest)) = data.split_first() else {
@@ -57,7 +61,7 @@ pub fn sequence(data: &[u8]) {
     };
     let unopened = u32::from(how & 2 != 0) << 24;
     run.guest
-        .begin(!((1 << 6) | (1 << 20) | (1 << 24)) | unopened);
+        .begin(!((1 << 6) | (1 << 20) | (1 << 24) | (1 << 29)) | unopened);
     // The root is what the host says until the guest has set it.
     run.settle_root();
     for _ in 0..400 {
@@ -272,6 +276,7 @@ impl Run<'_> {
         match self.bytes.next() % 4 {
             0 | 1 => {
                 let content = Content::Dir(Default::default());
+                let mode = mode | SOME;
                 let wanted = self.model.make(dir, entry, content, mode);
                 let found = self.ask(9, node, &[words(&[mode, 0]), name(entry)].concat());
                 self.made(found, wanted);
@@ -407,7 +412,12 @@ impl Run<'_> {
         let (ino, node) = self.pick_any();
         let value = u32::try_from(self.bytes.next()).unwrap();
         let (found, wanted) = if self.bytes.next().is_multiple_of(2) {
-            let mode = value << 4 & 0o7777;
+            let some = if self.model.inodes[ino].is_dir() {
+                SOME
+            } else {
+                0
+            };
+            let mode = (value << 4 & 0o7777) | some;
             (
                 self.setattr(node, 1, 0, mode, (0, 0)),
                 self.model.chmod(ino, mode),
