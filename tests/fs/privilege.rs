@@ -1,12 +1,12 @@
 //! Who keeps setuid and setgid, and who loses them, as on a local file system.
 
 use std::fs::{self, OpenOptions, Permissions};
-use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use msb_testkit::share::{ORDINARY, Setup, Share};
-use msb_testkit::sys::{act_as, truncate};
+use msb_testkit::sys::{act_as, join, truncate};
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 
 use crate::bridge::skipped;
@@ -108,6 +108,86 @@ fn off() -> Result<()> {
         flags: &["--stat-virt", "off"],
         ..Setup::default()
     })
+}
+
+/// A group that [`ORDINARY`] is in or not.
+const TEAM: u32 = 300;
+
+/// An access control list: `rwxr-xr-x`, and one more user who may read.
+fn list() -> Vec<u8> {
+    let entries = [(1, 7, -1), (2, 4, 7), (4, 5, -1), (16, 5, -1), (32, 5, -1)];
+    let mut bytes = vec![2, 0, 0, 0];
+    for (tag, permissions, id) in entries {
+        bytes.extend_from_slice(&u16::to_le_bytes(tag));
+        bytes.extend_from_slice(&u16::to_le_bytes(permissions));
+        bytes.extend_from_slice(&i32::to_le_bytes(id));
+    }
+    bytes
+}
+
+#[test]
+fn setgid_is_for_members_of_the_group() -> Result<()> {
+    if skipped() {
+        return Ok(());
+    }
+    let none = rustix::fs::XattrFlags::empty();
+    for mode in ["strict", "relaxed", "off"] {
+        let share = Share::new(Setup {
+            flags: &["--stat-virt", mode, "--posix-acl"],
+            ..Setup::default()
+        })?;
+        let team = share.guest("team");
+        fs::create_dir(&team)?;
+        chown(&team, Some(0), Some(TEAM))?;
+        fs::set_permissions(&team, Permissions::from_mode(0o2777))?;
+        // Membership beside the first group counts, as does being root.
+        for (user, groups, kept) in [
+            (ORDINARY, &[][..], 0),
+            (ORDINARY, &[TEAM], 0o2000),
+            (ORDINARY, &[TEAM + 1, TEAM], 0o2000),
+            (0, &[], 0o2000),
+        ] {
+            let case = format!("{mode}, {user} in {groups:?}");
+            let (made, listed) = (team.join("made"), team.join("listed"));
+            let dir = team.join("dir");
+            // Somebody's files, which are his to give a list.
+            for path in [&listed, &dir] {
+                match path == &dir {
+                    true => fs::create_dir(path)?,
+                    false => fs::write(path, "x")?,
+                }
+                chown(path, Some(user), Some(TEAM))?;
+                fs::set_permissions(path, Permissions::from_mode(0o2755))?;
+            }
+            join(groups)?;
+            act_as(user)?;
+            let result = || -> Result<()> {
+                OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o2755)
+                    .open(&made)?;
+                for path in [&listed, &dir] {
+                    rustix::fs::setxattr(path, "system.posix_acl_access", &list(), none)?;
+                }
+                Ok(())
+            }();
+            act_as(0)?;
+            join(&[])?;
+            result.context(case.clone())?;
+            for path in [&made, &listed, &dir] {
+                let found = fs::metadata(path)?;
+                ensure!(found.gid() == TEAM, "{case}: {}", found.gid());
+                let mode = found.mode() & 0o7777;
+                ensure!(mode == 0o755 | kept, "{case}: {path:?} has {mode:o}");
+            }
+            fs::remove_file(&made)?;
+            fs::remove_file(&listed)?;
+            fs::remove_dir(&dir)?;
+        }
+        share.finish()?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -52,6 +52,22 @@ pub fn act_as(user: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes `groups` those of the calling thread beside its first one.
+///
+/// # Errors
+///
+/// What setgroups(2) reports.
+pub fn join(groups: &[u32]) -> io::Result<()> {
+    // SAFETY: the slice outlives the call, which reads as many numbers as it has, and the call
+    // changes this thread alone.
+    let result = unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Cuts or extends the file at `path`, which is not opened for that.
 ///
 /// # Errors

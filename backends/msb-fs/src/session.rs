@@ -33,6 +33,8 @@ pub struct Session {
     pool: Pool,
     /// The guest lists directories without opening them.
     lists_unopened: AtomicBool,
+    /// Its SETXATTR is the long one.
+    setxattr_ext: AtomicBool,
 }
 
 impl Session {
@@ -42,12 +44,14 @@ impl Session {
             tree: Arc::new(tree),
             pool: Pool::default(),
             lists_unopened: AtomicBool::new(false),
+            setxattr_ext: AtomicBool::new(false),
         }
     }
 
     /// Forgets everything that the guest has set up.
     pub fn reset(&self) {
         self.lists_unopened.store(false, Ordering::Relaxed);
+        self.setxattr_ext.store(false, Ordering::Relaxed);
         self.tree.go_unopened(false);
         self.tree.reset();
     }
@@ -117,7 +121,11 @@ impl Session {
             }
         };
         readable.read_exact(bytes).map_err(|_| Errno::INVAL)?;
-        let operation = request::parse(header.opcode, bytes).map_err(|error| match error {
+        let extensions = 8 * usize::from(header.total_extlen);
+        let body = len.checked_sub(extensions).ok_or(Errno::INVAL)?;
+        let (body, extensions) = bytes.split_at(body);
+        let long = self.setxattr_ext.load(Ordering::Relaxed);
+        let operation = request::parse(header.opcode, body, long).map_err(|error| match error {
             WireError::Short | WireError::Name => Errno::INVAL,
             // The guest takes that for a file system that has none, and asks no more.
             WireError::Opcode(opcode::IOCTL) => Errno::NOTTY,
@@ -134,6 +142,7 @@ impl Session {
         let caller = Caller {
             uid: header.uid,
             gid: header.gid,
+            other_gid: request::supplementary_group(extensions),
         };
         match operation {
             Operation::Lookup { .. }
@@ -303,9 +312,12 @@ impl Session {
                 return sized(tree.getxattr(id, name)?, *size);
             }
             Operation::Listxattr { size } => return sized(tree.listxattr(id)?, *size),
-            Operation::Setxattr { flags, name, value } => {
-                tree.setxattr(id, name, value, *flags, caller)?;
-            }
+            Operation::Setxattr {
+                flags,
+                name,
+                value,
+                kill_sgid,
+            } => tree.setxattr(id, (name, value, *flags), *kill_sgid, caller)?,
             Operation::Removexattr { name } => tree.removexattr(id, name)?,
             Operation::Access { mask } => tree.access(id, *mask, caller)?,
             Operation::Syncfs => return Ok(Answer::Later(Task::Syncfs)),
@@ -357,6 +369,7 @@ impl Session {
             | init::MAX_PAGES
             | init::CACHE_SYMLINKS
             | init::INIT_EXT
+            | init::CREATE_SUPP_GROUP
             | init::ALLOW_IDMAP;
         if self.tree.may_go_unopened() {
             wanted |= init::NO_OPEN_SUPPORT;
@@ -373,7 +386,7 @@ impl Session {
             wanted |= init::POSIX_LOCKS | init::FLOCK_LOCKS;
         }
         if rules.lists {
-            wanted |= init::POSIX_ACL | init::DONT_MASK;
+            wanted |= init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT;
         }
         if rules.submounts {
             wanted |= init::SUBMOUNTS;
@@ -385,6 +398,8 @@ impl Session {
         self.tree.go_unopened(agreed & init::NO_OPEN_SUPPORT != 0);
         let lists_unopened = agreed & init::NO_OPENDIR_SUPPORT != 0;
         self.lists_unopened.store(lists_unopened, Ordering::Relaxed);
+        let long = agreed & init::SETXATTR_EXT != 0;
+        self.setxattr_ext.store(long, Ordering::Relaxed);
         out.max_readahead = args.max_readahead;
         out.flags = u32::try_from(agreed & u64::from(u32::MAX)).unwrap_or(0);
         out.flags2 = u32::try_from(agreed >> 32).unwrap_or(0);

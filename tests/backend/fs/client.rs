@@ -29,6 +29,8 @@ pub(super) struct Server {
     front: FrontEnd,
     /// Who asks: user and group.
     pub(super) caller: (u32, u32),
+    /// SETXATTR is the long one.
+    setxattr_ext: bool,
 }
 
 /// A process that does not outlive the test.
@@ -139,6 +141,7 @@ impl Server {
             child,
             front: FrontEnd::connect(socket, 8 << 20)?,
             caller: (0, 0),
+            setxattr_ext: false,
         };
         server.front.start(2, 128, EVENT_IDX)?;
         server.init()?;
@@ -151,6 +154,7 @@ impl Server {
             child: Reaped(Some(child)),
             front,
             caller: (0, 0),
+            setxattr_ext: false,
         }
     }
 
@@ -175,7 +179,9 @@ impl Server {
     pub(super) fn init(&mut self) -> Result<Vec<u8>> {
         let mut init = words(&[7, 38, 1 << 17, u32::MAX, u32::MAX]);
         init.resize(64, 0);
-        self.well(INIT, 0, &init)
+        let agreed = self.well(INIT, 0, &init)?;
+        self.setxattr_ext = agreed.get(15).is_some_and(|flags| flags & 0x20 != 0);
+        Ok(agreed)
     }
 
     /// Configuration space of the device.
@@ -331,6 +337,9 @@ impl Server {
     /// Sets an extended attribute; returns the errno.
     pub(super) fn setxattr(&mut self, node: u64, name: &str, value: &[u8]) -> Result<i32> {
         let mut body = words(&[u32::try_from(value.len())?, 0]);
+        if self.setxattr_ext {
+            body.resize(16, 0);
+        }
         body.extend_from_slice(name.as_bytes());
         body.push(0);
         body.extend_from_slice(value);

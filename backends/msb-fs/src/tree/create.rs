@@ -296,7 +296,7 @@ impl Tree {
         let handed_down = self.inherits_group(parent)?;
         let gid = handed_down.unwrap_or(owner.gid);
         // Nobody becomes a member of a group by making a program that runs as one.
-        let foreign = handed_down.is_some() && owner.uid != 0 && owner.gid != gid;
+        let foreign = handed_down.is_some() && !owner.is_in(gid);
         if foreign && mode & S_IFMT != S_IFDIR && mode & (S_ISGID | 0o010) == S_ISGID | 0o010 {
             mode &= !S_ISGID;
         }
@@ -317,10 +317,7 @@ impl Tree {
             mode |= S_ISGID;
         }
         Ok(Shape {
-            owner: Caller {
-                uid: owner.uid,
-                gid,
-            },
+            owner: Caller { gid, ..owner },
             mode,
             rdev,
             lists,

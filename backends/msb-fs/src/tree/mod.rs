@@ -43,12 +43,21 @@ pub type Result<T> = std::result::Result<T, Errno>;
 const FILE_ID: u64 = ROOT_ID + 1;
 
 /// Who asks.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Caller {
     /// User id in the guest.
     pub uid: u32,
     /// Group id in the guest.
     pub gid: u32,
+    /// Another group of the caller, to which the directory belongs in which it makes something.
+    pub other_gid: Option<u32>,
+}
+
+impl Caller {
+    /// Root, or who is known to be in the group `gid`.
+    fn is_in(&self, gid: u32) -> bool {
+        self.uid == 0 || self.gid == gid || self.other_gid == Some(gid)
+    }
 }
 
 /// What is served.

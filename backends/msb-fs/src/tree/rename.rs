@@ -111,7 +111,7 @@ impl Tree {
         rustix::fs::renameat_with(&from.file, old, &to.file, new, plain)?;
         // The device 0:0 is in the guest's eyes only, as is every other.
         let whiteout = Shape {
-            owner: Caller { uid: 0, gid: 0 },
+            owner: Caller::default(),
             mode: S_IFCHR,
             rdev: 0,
             lists: None,

@@ -25,6 +25,7 @@ const VALUE_MAX: usize = 1 << 16;
 const ATTRIBUTES_MAX: usize = 4096;
 /// Longest name.
 const NAME_MAX: usize = 255;
+const S_ISGID: u32 = 0o2000;
 
 impl Tree {
     /// The value of an attribute.
@@ -58,20 +59,20 @@ impl Tree {
         Ok(shown)
     }
 
-    /// Sets an attribute, with the flags of setxattr(2).
+    /// Sets an attribute, with the flags of setxattr(2). `kill_sgid` is what the guest says of a
+    /// list: that its caller is neither root nor in the file's group, if it says anything.
     pub fn setxattr(
         &self,
         id: u64,
-        name: &CStr,
-        value: &[u8],
-        flags: u32,
+        (name, value, flags): (&CStr, &[u8], u32),
+        kill_sgid: Option<bool>,
         caller: Caller,
     ) -> Result<()> {
-        let key = self.host_key(name)?;
+        let (key, bytes) = (self.host_key(name)?, name.to_bytes());
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let node = self.node(id)?;
-        if !self.overlay.is_off() && self.is_list(name.to_bytes()) {
-            return self.set_list(&node, &key, value, caller);
+        if !self.overlay.is_off() && self.is_list(bytes) {
+            return self.set_list(&node, (&key, value), kill_sgid, caller);
         }
         let result = if self.account.is_some() {
             self.within(&[node.fd()], Room::Fixed(1, 0), |_| {
@@ -84,7 +85,13 @@ impl Tree {
         } else {
             sys::setxattr(node.fd(), key.as_c_str(), value, flags)
         };
-        self.cannot_hold(&node, name, result)
+        self.cannot_hold(&node, name, result)?;
+        // The host's kernel has asked whether the server is in the group.
+        if kill_sgid == Some(true) && self.is_list(bytes) && bytes == acl::ACCESS {
+            let mode = sys::stat(node.fd())?.st_mode & 0o7777;
+            return sys::chmod(node.fd(), mode & !S_ISGID);
+        }
+        Ok(())
     }
 
     /// Removes an attribute.
@@ -113,7 +120,13 @@ impl Tree {
     }
 
     /// Sets an access control list that is kept apart from the host's.
-    fn set_list(&self, node: &Node, key: &CStr, value: &[u8], caller: Caller) -> Result<()> {
+    fn set_list(
+        &self,
+        node: &Node,
+        (key, value): (&CStr, &[u8]),
+        kill_sgid: Option<bool>,
+        caller: Caller,
+    ) -> Result<()> {
         let list = Acl::from_bytes(value).ok_or(Errno::INVAL)?;
         if key.to_bytes().ends_with(acl::DEFAULT) {
             return match node.kind {
@@ -125,9 +138,9 @@ impl Tree {
         let stat = sys::stat(node.fd())?;
         let mut view = self.overlay.view(node, &stat)?;
         view.mode = (view.mode & !0o777) | list.permissions();
-        let member = caller.uid == 0 || caller.gid == view.gid;
-        if !member && node.kind != FileType::Directory {
-            view.mode &= !0o2000;
+        let outside = || !caller.is_in(view.gid) && node.kind != FileType::Directory;
+        if kill_sgid.unwrap_or_else(outside) {
+            view.mode &= !S_ISGID;
         }
         if list.is_minimal() {
             match sys::removexattr(node.fd(), key) {

@@ -84,6 +84,10 @@ wire! {
     }
     FsyncIn { fh: u64, fsync_flags: u32, padding: u32 }
     SetxattrIn { size: u32, flags: u32 }
+    /// What follows it when `SETXATTR_EXT` is agreed on.
+    SetxattrMore { setxattr_flags: u32, padding: u32 }
+    /// What every extension of a request begins with; its size counts this.
+    ExtHeader { size: u32, kind: u32 }
     GetxattrIn { size: u32, padding: u32 }
     GetxattrOut { size: u32, padding: u32 }
     FlushIn { fh: u64, unused: u32, padding: u32, lock_owner: u64 }
@@ -179,7 +183,9 @@ pub mod init {
     pub const NO_OPENDIR_SUPPORT: u64 = 1 << 24;
     pub const SUBMOUNTS: u64 = 1 << 27;
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
+    pub const SETXATTR_EXT: u64 = 1 << 29;
     pub const INIT_EXT: u64 = 1 << 30;
+    pub const CREATE_SUPP_GROUP: u64 = 1 << 34;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     pub const ALLOW_IDMAP: u64 = 1 << 40;
 }
@@ -218,6 +224,10 @@ pub mod oflag {
     pub const APPEND: u32 = 0o2000;
 }
 
+/// `SetxattrMore::setxattr_flags`: an access control list takes setgid away.
+pub const SETXATTR_ACL_KILL_SGID: u32 = 1;
+/// `ExtHeader::kind`: groups that the caller is in beside its first one.
+pub const EXT_GROUPS: u32 = 32;
 /// `GetattrIn::flags`: `fh` is valid.
 pub const GETATTR_FH: u32 = 1;
 /// `OpenIn::open_flags` and `CreateIn::open_flags`: clear setuid and setgid when truncating.

@@ -5,9 +5,10 @@ use std::ffi::CStr;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::abi::{
-    AccessIn, BatchForgetIn, CopyFileRangeIn, CreateIn, FallocateIn, FlushIn, ForgetIn, ForgetOne,
-    FsyncIn, GetattrIn, GetxattrIn, InitIn, InterruptIn, LinkIn, LkIn, LseekIn, MkdirIn, MknodIn,
-    OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn, SetxattrIn, StatxIn, oflag, opcode,
+    AccessIn, BatchForgetIn, CopyFileRangeIn, CreateIn, EXT_GROUPS, ExtHeader, FallocateIn,
+    FlushIn, ForgetIn, ForgetOne, FsyncIn, GetattrIn, GetxattrIn, InitIn, InterruptIn, LinkIn,
+    LkIn, LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn,
+    SETXATTR_ACL_KILL_SGID, SetattrIn, SetxattrIn, SetxattrMore, StatxIn, oflag, opcode,
 };
 
 /// The bytes are no request of this protocol.
@@ -88,6 +89,8 @@ pub enum Operation<'a> {
         flags: u32,
         name: &'a CStr,
         value: &'a [u8],
+        /// Whether a list takes setgid away, where the guest says so.
+        kill_sgid: Option<bool>,
     },
     Getxattr {
         size: u32,
@@ -181,12 +184,29 @@ impl Operation<'_> {
     }
 }
 
-/// Reads the body of a request.
+/// The group of a caller, beside its first one, to which the directory belongs in which it makes
+/// something: Linux sends one at most. `bytes` are the extensions of a request.
+pub fn supplementary_group(mut bytes: &[u8]) -> Option<u32> {
+    loop {
+        let (header, _) = ExtHeader::read_from_prefix(bytes).ok()?;
+        let extension = bytes.get(..header.size as usize)?;
+        let body = extension.get(size_of::<ExtHeader>()..)?;
+        if header.kind == EXT_GROUPS {
+            let ([1, group], _) = <[u32; 2]>::read_from_prefix(body).ok()? else {
+                return None;
+            };
+            return Some(group);
+        }
+        bytes = bytes.get(extension.len()..)?;
+    }
+}
+
+/// Reads the body of a request without its extensions; `setxattr_ext` is what was agreed on.
 ///
 /// # Errors
 ///
 /// [`WireError`].
-pub fn parse(code: u32, bytes: &[u8]) -> Result<Operation<'_>, WireError> {
+pub fn parse(code: u32, bytes: &[u8], setxattr_ext: bool) -> Result<Operation<'_>, WireError> {
     let mut body = Body(bytes);
     let operation = match code {
         opcode::SETATTR => Operation::Setattr(body.take()?),
@@ -249,9 +269,27 @@ pub fn parse(code: u32, bytes: &[u8]) -> Result<Operation<'_>, WireError> {
         opcode::ACCESS => Operation::Access {
             mask: body.take::<AccessIn>()?.mask,
         },
+        opcode::SETXATTR => return parse_setxattr(body, setxattr_ext),
         _ => return parse_named(code, body),
     };
     Ok(operation)
+}
+
+fn parse_setxattr(mut body: Body<'_>, extended: bool) -> Result<Operation<'_>, WireError> {
+    let args: SetxattrIn = body.take()?;
+    let mut kill_sgid = None;
+    if extended {
+        let more: SetxattrMore = body.take()?;
+        kill_sgid = Some(more.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0);
+    }
+    let name = body.name()?;
+    let value = body.0.get(..args.size as usize).ok_or(WireError::Short)?;
+    Ok(Operation::Setxattr {
+        flags: args.flags,
+        name,
+        value,
+        kill_sgid,
+    })
 }
 
 /// Reads the body of a request that names something.
@@ -291,16 +329,6 @@ fn parse_named(code: u32, mut body: Body<'_>) -> Result<Operation<'_>, WireError
             node: body.take::<LinkIn>()?.oldnodeid,
             name: body.last()?,
         },
-        opcode::SETXATTR => {
-            let args: SetxattrIn = body.take()?;
-            let name = body.name()?;
-            let value = body.0.get(..args.size as usize).ok_or(WireError::Short)?;
-            Operation::Setxattr {
-                flags: args.flags,
-                name,
-                value,
-            }
-        }
         opcode::GETXATTR => Operation::Getxattr {
             size: body.take::<GetxattrIn>()?.size,
             name: body.last()?,
@@ -331,8 +359,7 @@ impl<'a> Body<'a> {
         Ok(name)
     }
 
-    /// The name that the request ends with. Extensions may follow a name, so only bytes that the
-    /// padding to eight does not explain are refused.
+    /// The name that the request ends with.
     fn last(&mut self) -> Result<&'a CStr, WireError> {
         let name = self.name()?;
         if self.0.is_empty() {
@@ -351,7 +378,7 @@ mod tests {
 
     #[test]
     fn names_must_end_where_the_request_ends() {
-        let name = |bytes| match parse(opcode::LOOKUP, bytes) {
+        let name = |bytes| match parse(opcode::LOOKUP, bytes, false) {
             Ok(Operation::Lookup { name }) => Ok(name.to_bytes().to_vec()),
             Ok(_) => unreachable!(),
             Err(error) => Err(error),
@@ -368,7 +395,7 @@ mod tests {
         let mut bytes = SetxattrIn { size: 9, flags: 0 }.as_bytes().to_vec();
         bytes.extend_from_slice(b"user.a\0value");
         assert!(matches!(
-            parse(opcode::SETXATTR, &bytes),
+            parse(opcode::SETXATTR, &bytes, false),
             Err(WireError::Short)
         ));
         let bytes = BatchForgetIn {
@@ -376,17 +403,43 @@ mod tests {
             dummy: 0,
         };
         assert!(matches!(
-            parse(opcode::BATCH_FORGET, bytes.as_bytes()),
+            parse(opcode::BATCH_FORGET, bytes.as_bytes(), false),
             Err(WireError::Short)
         ));
+    }
+
+    #[test]
+    fn groups_are_found_among_extensions_and_nowhere_beyond() {
+        let extension = |kind: u32, words: &[u32]| {
+            let size = 8 + 4 * u32::try_from(words.len()).unwrap();
+            [&[size, kind], words].concat()
+        };
+        let found = |words: &[u32]| supplementary_group(words.as_bytes());
+        assert_eq!(found(&extension(EXT_GROUPS, &[1, 300])), Some(300));
+        let label = extension(1, &[4, 5, 6, 7]);
+        let both = [label.clone(), extension(EXT_GROUPS, &[1, 300])].concat();
+        assert_eq!(found(&both), Some(300));
+        for bad in [
+            vec![],
+            label,
+            vec![0, 7],
+            vec![7, EXT_GROUPS, 1, 300],
+            vec![12, EXT_GROUPS, 1, 300],
+            vec![u32::MAX, EXT_GROUPS, 1, 300],
+            extension(EXT_GROUPS, &[0, 300]),
+            extension(EXT_GROUPS, &[2, 300]),
+        ] {
+            assert_eq!(found(&bad), None, "{bad:?}");
+        }
     }
 
     #[test]
     fn every_opcode_survives_every_short_body() {
         for code in 0..=255 {
             for len in 0..200 {
-                let _ = parse(code, &vec![0; len]);
-                let _ = parse(code, &vec![0xff; len]);
+                for byte in [0, 0xff] {
+                    let _ = parse(code, &vec![byte; len], len % 2 == 0);
+                }
             }
         }
     }

@@ -126,7 +126,7 @@ impl Model<'_> {
                     mode: 0o644,
                     ..Default::default()
                 };
-                let caller = crate::tree::Caller { uid: 0, gid: 0 };
+                let caller = crate::tree::Caller::default();
                 if let Ok((entry, opened)) = self.tree.create(ROOT_ID, name, &args, caller) {
                     drop(self.tree.release(opened.fh));
                     self.count(entry.nodeid, entry.attr.ino);
