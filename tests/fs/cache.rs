@@ -1,6 +1,7 @@
 //! What each cache mode promises while the host edits, renames and removes files.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::thread::sleep;
@@ -33,11 +34,25 @@ fn seen(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| format!("{:?}", error.kind()))
 }
 
+/// What the host has under a name.
+fn seen_by_host(share: &Share, name: &str) -> String {
+    seen(&share.host(name))
+}
+
 /// Shows all names to the guest, so that it may remember them.
 fn look(share: &Share) -> Vec<String> {
     ["edited", "grown", "renamed", "removed", "new"]
         .map(|name| seen(&share.guest(name)))
         .into()
+}
+
+/// Shows all names twice: a read makes the guest's kernel ask for the attributes once more.
+fn look_twice(share: &Share) -> Result<()> {
+    for _ in 0..2 {
+        let seen = look(share);
+        ensure!(seen == BEFORE, "{seen:?}");
+    }
+    Ok(())
 }
 
 /// What the host does behind the guest's back.
@@ -126,10 +141,154 @@ fn metadata_remembers_names_and_no_content() -> Result<()> {
     ensure!(asked == 0, "{:?}", share.bridge().counts());
     change(&share)?;
     ensure!(
-        seen(&share.guest("edited")) == "NEW",
-        "content was remembered"
+        fs::metadata(share.guest("grown"))?.len() == 3,
+        "the size was not remembered"
     );
+    // What had a name keeps it for the guest, and is read from the host each time.
+    let names = ["NEW", "longer than before", "old", "old"];
+    ensure!(look(&share)[..4] == names, "{:?}", look(&share));
+    sleep(SECOND);
+    let names = ["NEW", "longer than before", "old", "old", "old"];
+    ensure!(look(&share) == names, "{:?}", look(&share));
     share.finish()
+}
+
+#[test]
+fn always_remembers_all_but_what_was_missing() -> Result<()> {
+    if skipped() {
+        return Ok(());
+    }
+    let flags = ["--cache", "always"];
+    let share = share(&flags)?;
+    look_twice(&share)?;
+    change(&share)?;
+    sleep(SECOND);
+    share.bridge().reset_counts();
+    let seen = ["old", "old", "old", "old", "old"];
+    ensure!(look(&share) == seen, "{:?}", look(&share));
+    // The one that had no name before was read, and nothing else.
+    let asked = requests(&share, &["LOOKUP", "GETATTR", "READ"]);
+    ensure!(asked <= 2, "{:?}", share.bridge().counts());
+    ensure!(
+        fs::metadata(share.guest("grown"))?.len() == 3,
+        "the size was not remembered"
+    );
+    // What the guest does itself is there at once, also over what it remembers.
+    fs::write(share.guest("edited"), "by the guest")?;
+    ensure!(
+        seen_by_host(&share, "edited") == "by the guest",
+        "not on the host"
+    );
+    fs::rename(share.guest("grown"), share.guest("new"))?;
+    fs::remove_file(share.guest("edited"))?;
+    let longer = "longer than before";
+    let seen = ["NotFound", "NotFound", "old", "old", longer];
+    ensure!(look(&share) == seen, "{:?}", look(&share));
+    ensure!(
+        seen_by_host(&share, "new") == "longer than before",
+        "another file was moved"
+    );
+    // A new mount has nothing to remember.
+    let share = share.again(Setup {
+        flags: &flags,
+        ..Setup::default()
+    })?;
+    let seen = [
+        "NotFound",
+        "NotFound",
+        "NotFound",
+        "NotFound",
+        "longer than before",
+    ];
+    ensure!(look(&share) == seen, "{:?}", look(&share));
+    share.finish()
+}
+
+#[test]
+fn exclusive_asks_nothing_twice() -> Result<()> {
+    if skipped() {
+        return Ok(());
+    }
+    let share = share(&["--exclusive"])?;
+    fs::create_dir(share.host("dir"))?;
+    sleep(TICK);
+    let listed = || -> Result<usize> { Ok(fs::read_dir(share.guest("dir"))?.count()) };
+    look_twice(&share)?;
+    ensure!((listed()?, listed()?) == (0, 0), "something in the folder");
+    change(&share)?;
+    fs::write(share.host("dir/later"), "x")?;
+    sleep(SECOND);
+    share.bridge().reset_counts();
+    // Nobody else changes the share, and whoever does so all the same is not noticed.
+    let (seen_now, listed_now) = (look(&share), listed()?);
+    let counts = share.bridge().counts();
+    ensure!(
+        seen_now == BEFORE && listed_now == 0 && counts.iter().all(|(_, count)| *count == 0),
+        "{seen_now:?}, {listed_now} entries, {counts:?}"
+    );
+    fs::write(share.guest("edited"), "by the guest")?;
+    fs::write(share.guest("dir/mine"), "by the guest")?;
+    ensure!(
+        seen(&share.guest("edited")) == "by the guest",
+        "its own change"
+    );
+    ensure!(
+        seen_by_host(&share, "edited") == "by the guest",
+        "not on the host"
+    );
+    // A change of its own makes it look anew.
+    ensure!(listed()? == 2, "{} entries", listed()?);
+    share.finish()
+}
+
+#[test]
+fn writeback_collects_writes_until_they_must_be_there() -> Result<()> {
+    if skipped() {
+        return Ok(());
+    }
+    for more in [&[][..], &["--exclusive"], &["--cache", "always"]] {
+        let share = share(&[&["--writeback"], more].concat())?;
+        share.bridge().reset_counts();
+        let mut file = fs::OpenOptions::new()
+            .append(true)
+            .open(share.guest("edited"))?;
+        for number in 0..1000 {
+            writeln!(file, "{number:015}")?;
+        }
+        let writes = requests(&share, &["WRITE"]);
+        ensure!(writes == 0, "{more:?}: {writes} were not collected");
+        ensure!(seen_by_host(&share, "edited") == "old", "{more:?}: early");
+        ensure!(file.metadata()?.len() == 16_003, "{more:?}: its own view");
+        file.sync_all()?;
+        ensure!(
+            seen_by_host(&share, "edited").len() == 16_003,
+            "{more:?}: fsync"
+        );
+        let writes = requests(&share, &["WRITE"]);
+        ensure!(writes <= 10, "{more:?}: {writes} for 1000");
+        // Closing brings it to the host as well, times included.
+        writeln!(file, "closed")?;
+        let changed = file.metadata()?.modified()?;
+        drop(file);
+        ensure!(
+            seen_by_host(&share, "edited").ends_with("closed\n"),
+            "{more:?}: close"
+        );
+        ensure!(
+            fs::metadata(share.host("edited"))?.modified()? == changed,
+            "{more:?}: another time"
+        );
+        // The other side of it: a size that the guest knows is no longer the host's to change.
+        ensure!(seen(&share.guest("grown")) == "old", "{more:?}");
+        change(&share)?;
+        sleep(SECOND);
+        ensure!(
+            fs::metadata(share.guest("grown"))?.len() == 3,
+            "{more:?}: a size of the host's"
+        );
+        share.finish()?;
+    }
+    Ok(())
 }
 
 #[test]
