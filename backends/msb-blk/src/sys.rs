@@ -36,7 +36,8 @@ pub(crate) struct Ring<T> {
     ring: IoUring,
     transfers: Vec<Option<Transfer<T>>>,
     free: Vec<usize>,
-    unsubmitted: bool,
+    /// Transfers that the kernel has not been told of.
+    queued: usize,
 }
 
 impl<T> Ring<T> {
@@ -70,7 +71,7 @@ impl<T> Ring<T> {
             ring,
             transfers: (0..count).map(|_| None).collect(),
             free: (0..count).collect(),
-            unsubmitted: false,
+            queued: 0,
         })
     }
 
@@ -115,25 +116,28 @@ impl<T> Ring<T> {
                 tag,
             });
         }
-        self.unsubmitted = true;
+        self.queued += 1;
+        // The disk gets as much as it has left to do, and so never waits for the rest of a batch,
+        // nor for one call after the other.
+        let started = self.transfers.len().saturating_sub(self.free.len());
+        if self.queued * 2 >= started {
+            // What fails now is tried again, and reported, at the end of the batch.
+            self.submit().ok();
+        }
         Ok(())
     }
 
     /// Hands everything queued to the kernel.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
-        if !std::mem::take(&mut self.unsubmitted) {
-            return Ok(());
-        }
-        loop {
+        while self.queued > 0 {
             match self.ring.submit() {
-                Ok(_) => return Ok(()),
+                Ok(0) => return Err(io::ErrorKind::WouldBlock.into()),
+                Ok(taken) => self.queued = self.queued.saturating_sub(taken),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => {
-                    self.unsubmitted = true;
-                    return Err(e);
-                }
+                Err(e) => return Err(e),
             }
         }
+        Ok(())
     }
 
     /// Takes what has finished: tag, the segments that were to be moved, and how many bytes were.
