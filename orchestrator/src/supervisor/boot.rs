@@ -228,18 +228,19 @@ fn start_vmm(
     )
 }
 
-/// How long the guest may take: what `MSB_BOOT_LIMIT` says, in seconds, for machines on which this
-/// takes longer than anywhere else.
+/// How long the guest may take.
 fn boot_limit(accel: Accel) -> Duration {
-    let named = std::env::var("MSB_BOOT_LIMIT").ok();
-    let named = named.and_then(|seconds| seconds.parse().ok());
-    named.map_or(
-        match accel {
-            Accel::Kvm => KVM_LIMIT,
-            Accel::Tcg => TCG_LIMIT,
-        },
-        Duration::from_secs,
-    )
+    named_limit().unwrap_or(match accel {
+        Accel::Kvm => KVM_LIMIT,
+        Accel::Tcg => TCG_LIMIT,
+    })
+}
+
+/// What `MSB_BOOT_LIMIT` says, in seconds, for machines on which everything in a guest takes longer
+/// than anywhere else.
+pub(super) fn named_limit() -> Option<Duration> {
+    let named = std::env::var("MSB_BOOT_LIMIT").ok()?;
+    named.parse().ok().map(Duration::from_secs)
 }
 
 /// Keeps the image from being removed while the sandbox runs.

@@ -7,7 +7,7 @@ use msb_protocol::{FromAgent, GuestMount, ToAgent};
 use tokio::sync::mpsc;
 
 use super::child::Child;
-use super::plug::PATIENCE;
+use super::plug::patience;
 use crate::agent::FrameSender;
 use crate::plan::BackendPlan;
 use crate::{Error, ErrorKind, MicrosandboxResult};
@@ -59,7 +59,7 @@ impl Guest {
                 }
             }
         };
-        tokio::time::timeout(PATIENCE, answered)
+        tokio::time::timeout(patience(), answered)
             .await
             .unwrap_or_else(|_| Err(silent()))
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use msb_protocol::{FromAgent, GuestMount};
 use tokio::sync::mpsc;
 
-use super::boot::{Parts, listen, purpose, start_backend};
+use super::boot::{Parts, listen, named_limit, purpose, start_backend};
 use super::guest::{Guest, Served};
 use super::hub::Hub;
 use super::revive::Spare;
@@ -26,7 +26,9 @@ use crate::volume::{self, Prepared};
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
 /// How long the guest may take for a mount, or to let a device go.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) fn patience() -> Duration {
+    named_limit().unwrap_or(Duration::from_secs(60))
+}
 
 /// What was asked for.
 enum Change {
@@ -438,7 +440,7 @@ async fn fall(
     let unmounted = guest.unmount(&mount.target, force);
     served.while_it_lives(unmounted).await?;
     let mut gone = plug.detach(&served.plan).await;
-    if gone.is_ok() && !served.child.ended_within(PATIENCE).await {
+    if gone.is_ok() && !served.child.ended_within(patience()).await {
         gone = Err(Error::new(
             ErrorKind::Boot,
             "the guest does not let the device go",
