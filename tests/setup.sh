@@ -37,6 +37,7 @@ need strace strace
 # What judges the volumes from inside a guest, which sees this machine's /usr.
 need fio fio
 need setcap libcap2-bin
+need stress-ng stress-ng
 need setfattr attr
 need cryptsetup cryptsetup-bin
 have_kernel() { [ -f "$folder/kernel/vmlinuz" ] && [ -f "$folder/kernel/modules/modules.dep" ]; }

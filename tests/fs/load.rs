@@ -233,3 +233,67 @@ fn two_guests_and_the_host_write_one_directory() -> Result<()> {
     peer.finish()?;
     share.finish()
 }
+
+/// Those of stress-ng's file system class that have nothing to do with the share, act on the whole
+/// machine, or wear out a processor with the kernel's own locks and handles.
+const ELSEWHERE: &str = "binderfs,bind-mount,dup,eventfd,fanotify,flock,handle,io,ioprio,lease,locka,lockofd,\
+                         procfs";
+/// How much is made and removed: the rest of the time that is asked for, they work on it.
+const AMOUNTS: [&str; 6] = [
+    "--chdir-dirs=256",
+    "--dir-dirs=256",
+    "--dentries=256",
+    "--fallocate-bytes=8m",
+    "--hdd-bytes=8m",
+    "--iomix-bytes=8m",
+];
+
+/// All of them at once, for some seconds; `MSB_STRESS_SECONDS` asks for more.
+fn stress(flags: &[&str]) -> Result<()> {
+    if skipped() {
+        return Ok(());
+    }
+    let share = Share::new(Setup {
+        flags,
+        ..Setup::default()
+    })?;
+    let output = Command::new("stress-ng")
+        .args([
+            "--class",
+            "filesystem",
+            "--all",
+            "1",
+            "--exclude",
+            ELSEWHERE,
+        ])
+        .args(["--verify", "--timeout"])
+        .arg(number("MSB_STRESS_SECONDS", 4).to_string())
+        .args(AMOUNTS)
+        .arg("--temp-path")
+        .arg(share.guest(""))
+        .output()
+        .context("stress-ng: run `make setup`")?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    ensure!(
+        output.status.success()
+            && said.contains("successful run completed")
+            && !said.contains("fail:")
+            && !said.contains("error:"),
+        "{flags:?}: {}\n{said}",
+        output.status
+    );
+    let left = fs::read_dir(share.host(""))?.count();
+    ensure!(left == 0, "{left} entries are left on the host");
+    share.finish()
+}
+
+#[test]
+fn stress_ng_finds_no_fault_in_a_share() -> Result<()> {
+    stress(&[])
+}
+
+#[test]
+fn stress_ng_finds_no_fault_without_opening() -> Result<()> {
+    stress(&["--exclusive", "--writeback"])
+}

@@ -1,8 +1,13 @@
-//! An overlay in a guest with its upper directory on a share, judged by one in the guest's memory.
+//! What people do with shares in guests: overlays on them, and one volume for two guests at once.
+
+use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use msb_testkit::msb::{host, said};
+use msb_testkit::suites::number;
 
-use super::Guest;
+use super::{Guest, end};
 
 /// Does to an overlay below `$1` what container engines do, and prints what is to be seen of it.
 /// Times and inode numbers are not printed: everything else must be what a local file system has.
@@ -143,4 +148,88 @@ fn an_overlay_keeps_its_changes_on_shares_by_root() -> Result<()> {
 #[test]
 fn an_overlay_keeps_its_changes_on_shares_by_an_ordinary_user() -> Result<()> {
     overlay(true)
+}
+
+/// One of two guests: unpacks, compares and removes a tree in a folder of its own, and appends,
+/// renames and makes names in one that both have. `$me` and `$other` are above it.
+const WRITER: &str = r#"
+export me other rounds
+cat >/tmp/writer <<'END'
+cd /x
+mkdir $me
+until mkdir -p common && [ -d common ]; do sleep 0.1; done
+# Both begin together.
+touch common/ready.$me
+until [ -e common/ready.$other ]; do sleep 0.1; done
+for round in $(seq $rounds); do
+    tar -xf /suites/tree.tar -C $me
+    tar -df /suites/tree.tar -C $me
+    for line in $(seq 25); do echo "$me of round $round, line $line" >>common/log; done
+    echo "all that $me has to say in round $round" >common/from.$me
+    mv common/from.$me common/current
+    grep -qx "all that [ab] has to say in round [0-9]*" common/current
+    # Of two who make a name one is the first.
+    if mkdir common/first.$round 2>/dev/null; then echo $me >>common/winners.$me; fi
+    mkdir common/first.$round 2>/dev/null && exit 1
+    mv $me/tree common/tree.$me
+    rm -rf common/tree.$me
+done
+ls $me
+echo done
+END
+bash -e /tmp/writer
+"#;
+
+#[test]
+fn two_guests_write_one_volume() -> Result<()> {
+    let guest = Guest::new(false)?;
+    let rounds = 3 * number("MSB_LOAD_ROUNDS", 1);
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../backends");
+    let tree = guest.msb.dir("suites/tree")?;
+    let backends = sources.canonicalize()?.display().to_string();
+    let pack = format!(
+        "tar -C {backends} --exclude target -cf - . | tar -C {0} -xf -; ln -s nowhere {0}/link; \
+         mkfifo {0}/pipe; ln {0}/msb-fs/Cargo.toml {0}/hard; tar -C {0}/.. -cf {0}.tar tree",
+        tree.display()
+    );
+    host("sh", ["-ec", &pack])?;
+    let start = |me: &str, other: &str| {
+        let script = format!("me={me} other={other} rounds={rounds}\n{WRITER}");
+        guest.start(&["-v", "./suites:/suites:ro", "-v", "shared:/x"], &script)
+    };
+    let writers = [("a", start("a", "b")?), ("b", start("b", "a")?)];
+    for (me, writer) in writers {
+        let said = said(&writer.wait_with_output()?)?;
+        ensure!(
+            said.code == 0 && said.out == "done\n",
+            "{me} ended with {}: {}{}",
+            said.code,
+            end(&said.out),
+            end(&said.err)
+        );
+    }
+    let common = guest.msb.home().join("volumes/shared/common");
+    let mut lines: Vec<_> = fs::read_to_string(common.join("log"))?
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    lines.sort();
+    let mut wanted: Vec<_> = (1..=rounds)
+        .flat_map(|round| (1..=25).map(move |line| (round, line)))
+        .flat_map(|(round, line)| {
+            ["a", "b"].map(|me| format!("{me} of round {round}, line {line}"))
+        })
+        .collect();
+    wanted.sort();
+    ensure!(lines == wanted, "{} lines of {}", lines.len(), wanted.len());
+    let winners: usize = ["a", "b"]
+        .map(|me| fs::read_to_string(common.join(format!("winners.{me}"))).unwrap_or_default())
+        .iter()
+        .map(|text| text.lines().count())
+        .sum();
+    ensure!(
+        winners as u64 == rounds,
+        "{winners} first makers in {rounds} rounds"
+    );
+    Ok(())
 }
