@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, ensure};
+use msb_testkit::bridge::{obstacle, private_mounts};
 use msb_testkit::msb::{Msb, Said, disk_image, host};
 
 /// Prints the mount options of `$1`.
@@ -428,5 +429,50 @@ fn a_quota_is_one_account_for_all_sandboxes() -> Result<()> {
     for name in ["one", "two"] {
         ok(&msb.msb(["rm", "-f", name])?)?;
     }
+    Ok(())
+}
+
+/// What the guest sees of a mount of the host below its share.
+const BELOW: &str = r#"
+device() { stat -c %d $1; }
+cat /x/below/inner
+# From now on it is mounted.
+[ $(device /x) != $(device /x/below) ] && [ $(device /x/below) = $(device /x/below/inner) ] || echo one device
+echo "x$(find /x -xdev -name inner)"
+grep ' /x/below ' /proc/mounts | cut -d' ' -f3,4
+df /x/below | awk 'NR > 1 {print $2}'
+ln /x/top /x/below/linked 2>/dev/null || echo no link
+mv /x/top /x/below/top && cat /x/below/top
+umount /x && grep -c ' /x' /proc/mounts
+cat /r/below/inner; (echo x >/r/below/new) 2>/dev/null || echo read only
+"#;
+
+#[test]
+fn a_mount_below_a_share_is_a_mount_in_the_guest() -> Result<()> {
+    if let Some(reason) = obstacle() {
+        eprintln!("SKIPPED: a file system cannot be mounted on this machine: {reason}");
+        return Ok(());
+    }
+    let msb = Msb::new()?;
+    msb.write("share/top", "top\n")?;
+    let below = msb.dir("share/below")?.display().to_string();
+    private_mounts()?;
+    host("mount", ["-t", "tmpfs", "-o", "size=1m", "none", &below])?;
+    msb.write("share/below/inner", "inner\n")?;
+    // Not every host's tmpfs has attributes for strict.
+    let flags = [
+        "-v",
+        "./share:/x:nosuid,stat-virt=relaxed",
+        "-v",
+        "./share:/r:ro,stat-virt=relaxed",
+    ];
+    let said = msb.run(&flags, BELOW);
+    host("umount", [&below])?;
+    let said = said?;
+    ensure!(
+        said.out
+            == "inner\nx\nvirtiofs rw,nosuid,relatime\n1024\nno link\ntop\n0\ninner\nread only\n",
+        "{said:?}"
+    );
     Ok(())
 }

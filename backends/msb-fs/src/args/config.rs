@@ -141,7 +141,7 @@ impl TryFrom<Args> for Config {
                 caching,
                 exclusive: args.exclusive,
                 writeback: args.writeback,
-                submounts: args.announce_submounts && !args.no_announce_submounts,
+                submounts: !args.no_announce_submounts,
                 lists: args.posix_acl == Some(true),
                 locks: args.locks == LocksArg::Host,
             },

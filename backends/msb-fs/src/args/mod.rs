@@ -73,11 +73,11 @@ pub struct Args {
     #[arg(long)]
     pub writeback: bool,
 
-    /// Announce host mount points to the guest, which then mounts them as well.
+    /// Announce host mount points to the guest, which then mounts them as well; the default.
     #[arg(long, overrides_with = "no_announce_submounts")]
     pub announce_submounts: bool,
 
-    /// Undoes --announce-submounts.
+    /// Show host mount points as if they were directories of the share like others.
     #[arg(long)]
     pub no_announce_submounts: bool,
 
@@ -302,7 +302,7 @@ impl Args {
                 }
                 "sandbox" => self.sandbox = sandbox_mode(value).map_err(|_| unknown())?,
                 "log_level" => self.log_level = value.parse().map_err(|_| unknown())?,
-                "announce_submounts" => self.announce_submounts = true,
+                "announce_submounts" => self.no_announce_submounts = false,
                 "no_announce_submounts" => self.no_announce_submounts = true,
                 "writeback" => self.writeback = true,
                 "no_writeback" => self.writeback = false,
