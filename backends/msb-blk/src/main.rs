@@ -1,6 +1,5 @@
 //! Entry point of the msb-blk backend.
 
-use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use msb_blk::device::BlkDevice;
 use msb_blk::image::{Image, OpenError, OpenOptions, open};
 use msb_blk::sandbox;
 use msb_vhost::jail::{self, JailError};
-use msb_vhost::{Endpoint, Options, ServeError};
+use msb_vhost::{Endpoint, Options, ServeError, chain};
 
 /// How long to wait for a lock that somebody else has.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
@@ -107,14 +106,4 @@ fn open_patiently(path: &Path, options: &OpenOptions) -> Result<Image, OpenError
             result => return result,
         }
     }
-}
-
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

@@ -17,7 +17,7 @@ use msb_fs::session::Session;
 use msb_fs::socket::{self, PidFile};
 use msb_fs::tree::Tree;
 use msb_vhost::jail;
-use msb_vhost::{Endpoint, Options};
+use msb_vhost::{Endpoint, Options, chain};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// With fewer descriptors nothing can be served.
@@ -153,14 +153,4 @@ fn set_limits(wanted: Option<u64>) {
         tracing::warn!(%error, "cannot set the limit of open files");
     }
     rustix::process::umask(rustix::fs::Mode::empty());
-}
-
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

@@ -20,4 +20,4 @@ mod sys;
 pub use device::{ConfigError, Device, FrontEnd, QueueLimits};
 pub use request::{Request, Segments, ShortSegments};
 pub use serve::{Endpoint, Options, ServeError, serve};
-pub use startup::{exit_with_parent, start_log};
+pub use startup::{chain, exit_with_parent, start_log};

@@ -1,5 +1,6 @@
 //! What a backend process sets up before anything else: its log and its bond to the parent.
 
+use std::error::Error;
 use std::io;
 
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
@@ -32,4 +33,15 @@ pub fn exit_with_parent(expected: u32) -> io::Result<()> {
     } else {
         Err(io::Error::other("the parent process has gone"))
     }
+}
+
+/// What an error says, with its reasons behind it.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
 }

@@ -207,24 +207,10 @@ impl Image {
     /// # Errors
     ///
     /// [`ImageError`].
-    pub fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> Result<(), ImageError> {
-        while !buf.is_empty() {
-            let left = self.size().saturating_sub(offset).min(buf.len() as u64);
-            if left == 0 {
-                buf.fill(0);
-                break;
-            }
-            let extent = self.locate(offset, left)?;
-            let (front, rest) = buf.split_at_mut(len_of(extent.len));
-            match extent.place {
-                Place::File(file, at) => file.read_at(front, at)?,
-                Place::Zero => front.fill(0),
-                Place::Packed => self.unpack(front, offset)?,
-            }
-            buf = rest;
-            offset += extent.len;
-        }
-        Ok(())
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), ImageError> {
+        let locate = |offset, len| self.locate(offset, len);
+        let unpack = |buf: &mut [u8], offset| self.unpack(buf, offset);
+        read_through(self.size(), locate, unpack, buf, offset)
     }
 
     /// Whether `len` bytes at `offset` are known to be zero without reading data.
@@ -336,6 +322,33 @@ impl Image {
             Self::Vmdk(vmdk) => vmdk.close(),
         }
     }
+}
+
+/// Fills `buf` with the bytes at `offset` of a disk of `size` bytes, beyond which they are zero.
+fn read_through<'a>(
+    size: u64,
+    locate: impl Fn(u64, u64) -> Result<Extent<'a>, ImageError>,
+    unpack: impl Fn(&mut [u8], u64) -> Result<(), ImageError>,
+    mut buf: &mut [u8],
+    mut offset: u64,
+) -> Result<(), ImageError> {
+    while !buf.is_empty() {
+        let left = size.saturating_sub(offset).min(buf.len() as u64);
+        if left == 0 {
+            buf.fill(0);
+            break;
+        }
+        let extent = locate(offset, left)?;
+        let (front, rest) = buf.split_at_mut(len_of(extent.len));
+        match extent.place {
+            Place::File(file, at) => file.read_at(front, at)?,
+            Place::Zero => front.fill(0),
+            Place::Packed => unpack(front, offset)?,
+        }
+        buf = rest;
+        offset += extent.len;
+    }
+    Ok(())
 }
 
 /// A length of at most one request as usize; requests are shorter than 4 GiB.

@@ -17,6 +17,8 @@ use std::process::{Command, Output};
 
 use msb_blk::file::Caching;
 use msb_blk::image::{Format, Image, OpenError, OpenOptions, open};
+#[allow(unused_imports, reason = "each program of tests uses its part")]
+pub use msb_vhost::chain;
 
 /// A generator whose sequence is the same on every machine (xorshift64*).
 pub struct Random(pub u64);
@@ -165,15 +167,4 @@ pub fn content(image: &Image) -> Vec<u8> {
         at += len;
     }
     bytes
-}
-
-/// The whole error chain in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

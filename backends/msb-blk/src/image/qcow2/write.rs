@@ -8,7 +8,7 @@ use msb_vhost::Segments;
 use super::entry::{ZERO, subcluster_mask};
 use super::*;
 use crate::file::Emptying;
-use crate::image::len_of;
+use crate::image::{len_of, read_through};
 
 /// A piece of one cluster: its number, and the bytes from `start` to `end` in it.
 #[derive(Debug, Clone, Copy)]
@@ -285,7 +285,9 @@ impl Qcow2 {
         }
         let mut bytes = vec![0; len_of(cover.end - cover.start)];
         if cover.start < part.start || part.end < cover.end {
-            self.read_old(&mut bytes, base + cover.start)?;
+            let locate = |offset, len| self.locate(offset, len);
+            let unpack = |buf: &mut [u8], offset| self.unpack(buf, offset);
+            read_through(self.size(), locate, unpack, &mut bytes, base + cover.start)?;
         }
         let within = len_of(part.start - cover.start)..len_of(part.end - cover.start);
         let new = bytes.get_mut(within).ok_or(ImageError::Unsupported)?;
@@ -319,27 +321,6 @@ impl Qcow2 {
             return Err(error);
         }
         self.release(old, host)
-    }
-
-    /// What the guest reads at `offset`; zeroes beyond the disk.
-    fn read_old(&self, mut buf: &mut [u8], mut offset: u64) -> Result<(), ImageError> {
-        while !buf.is_empty() {
-            let left = self.size().saturating_sub(offset).min(buf.len() as u64);
-            if left == 0 {
-                buf.fill(0);
-                break;
-            }
-            let extent = self.locate(offset, left)?;
-            let (front, rest) = buf.split_at_mut(len_of(extent.len));
-            match extent.place {
-                Place::File(file, at) => file.read_at(front, at)?,
-                Place::Zero => front.fill(0),
-                Place::Packed => self.unpack(front, offset)?,
-            }
-            buf = rest;
-            offset += extent.len;
-        }
-        Ok(())
     }
 
     /// Gives back what an entry referred to before its cluster moved to `now`.
