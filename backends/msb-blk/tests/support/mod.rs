@@ -5,6 +5,7 @@
     dead_code,
     missing_docs,
     unreachable_pub,
+    unused_imports,
     reason = "each test uses a part of it"
 )]
 
@@ -17,7 +18,6 @@ use std::process::{Command, Output};
 
 use msb_blk::file::Caching;
 use msb_blk::image::{Format, Image, OpenError, OpenOptions, open};
-#[allow(unused_imports, reason = "each program of tests uses its part")]
 pub use msb_vhost::chain;
 
 /// A generator whose sequence is the same on every machine (xorshift64*).
