@@ -74,14 +74,13 @@ impl Ledger {
         let len = u64::try_from(LEN * 8).map_err(io::Error::other)?;
         match lock_range(&file, RangeLock::Exclusive, USERS, false) {
             Ok(()) => {
-                let fresh = file.metadata()?.len() != len;
-                if fresh {
+                if file.metadata()?.len() != len {
                     file.set_len(0)?;
                     file.set_len(len)?;
                 }
                 let ledger = Self::of(file)?;
                 let [magic, device, inode] = ledger.head();
-                if !fresh && magic == MAGIC && (device, inode) != identity {
+                if magic == MAGIC && (device, inode) != identity {
                     return Err(other_directory());
                 }
                 ledger.begin(len, identity)?;
