@@ -41,12 +41,12 @@ pub(super) enum Done {
     /// The volume of an addition is there.
     Prepared(u64, Box<Addition>, MicrosandboxResult<Prepared>),
     /// A mount stands, or nothing of it is left.
-    Added(Box<Added>),
+    Mount(Box<MountEnd>),
     /// A mount is gone, or stands as before.
-    Removed(Box<Removed>),
+    Unmount(Box<UnmountEnd>),
 }
 
-pub(super) struct Added {
+pub(super) struct MountEnd {
     client: u64,
     plug: Plug,
     addition: Box<Addition>,
@@ -54,7 +54,7 @@ pub(super) struct Added {
     result: MicrosandboxResult<Prepared>,
 }
 
-pub(super) struct Removed {
+pub(super) struct UnmountEnd {
     client: u64,
     plug: Plug,
     target: String,
@@ -150,8 +150,8 @@ impl Hub<'_> {
                     Err(error) => self.answer(client, Some(&error)),
                 }
             }
-            Done::Added(added) => self.added(parts, *added),
-            Done::Removed(removed) => self.removed(parts, *removed),
+            Done::Mount(end) => self.end_mount(parts, *end),
+            Done::Unmount(end) => self.end_unmount(parts, *end),
         }
         self.changes.busy = false;
         self.changes.answers = None;
@@ -212,7 +212,7 @@ impl Hub<'_> {
                     back.await.and(Err(error))
                 }
             };
-            let _ = done.send(Done::Added(Box::new(Added {
+            let _ = done.send(Done::Mount(Box::new(MountEnd {
                 client,
                 plug,
                 addition,
@@ -223,14 +223,14 @@ impl Hub<'_> {
         Ok(())
     }
 
-    fn added(&mut self, parts: &mut Parts, added: Added) {
-        let Added {
+    fn end_mount(&mut self, parts: &mut Parts, end: MountEnd) {
+        let MountEnd {
             client,
             plug,
             addition,
             backend,
             result,
-        } = added;
+        } = end;
         parts.plug = plug;
         let prepared = match result {
             Ok(prepared) => prepared,
@@ -294,7 +294,7 @@ impl Hub<'_> {
         tokio::spawn(async move {
             let backend = served.as_ref().map(|served| served.child.number);
             let result = fall(&mut plug, &mut guest, served, &mount, force).await;
-            let _ = done.send(Done::Removed(Box::new(Removed {
+            let _ = done.send(Done::Unmount(Box::new(UnmountEnd {
                 client,
                 plug,
                 target,
@@ -305,14 +305,14 @@ impl Hub<'_> {
         Ok(())
     }
 
-    fn removed(&mut self, parts: &mut Parts, removed: Removed) {
-        let Removed {
+    fn end_unmount(&mut self, parts: &mut Parts, end: UnmountEnd) {
+        let UnmountEnd {
             client,
             plug,
             target,
             backend,
             result,
-        } = removed;
+        } = end;
         parts.plug = plug;
         if let Err(error) = result {
             parts.need(backend);
