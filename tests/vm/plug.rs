@@ -17,8 +17,9 @@ fn begin(msb: &Msb) -> Result<()> {
     Ok(())
 }
 
-fn mount(msb: &Msb, args: &[&str]) -> Result<Said> {
-    msb.msb(["mount"].iter().chain(args))
+/// Runs `msb mount LINE`.
+fn mount(msb: &Msb, line: &str) -> Result<Said> {
+    msb.msb(["mount"].into_iter().chain(line.split(' ')))
 }
 
 fn good(said: Said) -> Result<Said> {
@@ -53,18 +54,7 @@ fn volumes_are_mounted_and_unmounted_while_the_sandbox_runs() -> Result<()> {
 fn added(msb: &Msb) -> Result<()> {
     good(mount(
         msb,
-        &[
-            "add",
-            "box",
-            "--mount-dir",
-            "./share:/srv/new/share:noexec",
-            "--mount-file",
-            "./share/file:/etc/added:ro",
-            "--mount-named",
-            "data:/data:kind=disk,size=16M",
-            "--tmpfs",
-            "/scratch:8M",
-        ],
+        "add box --mount-dir ./share:/srv/new/share:noexec --mount-file ./share/file:/etc/added:ro --mount-named data:/data:kind=disk,size=16M --tmpfs /scratch:8M",
     )?)?;
     let wrote = good(msb.exec(
         "box",
@@ -95,7 +85,7 @@ fn added(msb: &Msb) -> Result<()> {
 /// What `inspect` shows, nobody else can attach, and a restart mounts again.
 fn kept(msb: &Msb) -> Result<()> {
     let shown = good(msb.msb(["inspect", "box"])?)?;
-    let paths = good(mount(msb, &["ls", "-q", "box"])?)?.out;
+    let paths = good(mount(msb, "ls -q box")?)?.out;
     ensure!(
         paths == "/first\n/srv/new/share\n/etc/added\n/data\n/scratch\n",
         "{paths}"
@@ -126,15 +116,7 @@ fn removed(msb: &Msb, before: usize) -> Result<()> {
     // What was there from the start goes as well.
     good(mount(
         msb,
-        &[
-            "rm",
-            "box",
-            "/data",
-            "/etc/added",
-            "/srv/new/share",
-            "/scratch",
-            "/first",
-        ],
+        "rm box /data /etc/added /srv/new/share /scratch /first",
     )?)?;
     let left = good(msb.exec(
         "box",
@@ -145,17 +127,14 @@ fn removed(msb: &Msb, before: usize) -> Result<()> {
         "{left:?}"
     );
     ensure!(
-        good(mount(msb, &["ls", "-q", "box"])?)?.out.is_empty(),
+        good(mount(msb, "ls -q box")?)?.out.is_empty(),
         "still listed"
     );
     ensure!(backends(msb)? < before, "backends are left");
     // Its lock is free again.
     good(msb.run(&["--mount-named", "data:/data"], "cat /data/kept")?)?;
     // And its place.
-    good(mount(
-        msb,
-        &["add", "box", "--mount-named", "data:/data", "-q"],
-    )?)?;
+    good(mount(msb, "add box --mount-named data:/data -q")?)?;
     let again = good(msb.exec("box", "cat /data/kept")?)?;
     ensure!(again.out == "kept\n", "{again:?}");
     Ok(())
@@ -164,54 +143,37 @@ fn removed(msb: &Msb, before: usize) -> Result<()> {
 /// Wrong requests change nothing.
 fn refusals(msb: &Msb) -> Result<()> {
     msb.write("blank.raw", vec![0; 1 << 20])?;
-    let before = good(mount(msb, &["ls", "box"])?)?.out;
+    let before = good(mount(msb, "ls box")?)?.out;
     let count = backends(msb)?;
     good(msb.exec(
         "box",
         "ln -s /proc/sys /link; mkdir -p /own; mount -t tmpfs none /own",
     )?)?;
-    for (args, cause) in [
+    for (line, cause) in [
+        ("add box --tmpfs /data", "same guest path `/data`"),
+        ("add box --tmpfs /proc/x", "/proc"),
+        ("add box --tmpfs /link", "place of the system"),
+        ("add box -v ./first:/own", "mounted there already"),
+        ("add box --mount-dir ./none:/x", "No such file"),
+        ("add box --mount-dir ./share:/etc/passwd", "not a directory"),
         (
-            &["add", "box", "--tmpfs", "/data"][..],
-            "same guest path `/data`",
-        ),
-        (&["add", "box", "--tmpfs", "/proc/x"], "/proc"),
-        (&["add", "box", "--tmpfs", "/link"], "place of the system"),
-        (
-            &["add", "box", "-v", "./first:/own"],
-            "mounted there already",
-        ),
-        (&["add", "box", "--mount-dir", "./none:/x"], "No such file"),
-        (
-            &["add", "box", "--mount-dir", "./share:/etc/passwd"],
+            "add box --mount-named new:/etc/passwd:kind=disk,size=4M",
             "not a directory",
         ),
-        (
-            &[
-                "add",
-                "box",
-                "--mount-named",
-                "new:/etc/passwd:kind=disk,size=4M",
-            ],
-            "not a directory",
-        ),
-        (
-            &["add", "box", "--mount-disk", "./blank.raw:/x"],
-            "no file system",
-        ),
-        (&["add", "box"], "no volume is given"),
-        (&["add", "none", "--tmpfs", "/x"], "none"),
-        (&["rm", "box", "/nowhere"], "is mounted at `/nowhere`"),
-        (&["rm", "box", "/tmp"], "is mounted at `/tmp`"),
+        ("add box --mount-disk ./blank.raw:/x", "no file system"),
+        ("add box", "no volume is given"),
+        ("add none --tmpfs /x", "none"),
+        ("rm box /nowhere", "is mounted at `/nowhere`"),
+        ("rm box /tmp", "is mounted at `/tmp`"),
     ] {
-        let said = mount(msb, args)?;
+        let said = mount(msb, line)?;
         ensure!(
             said.code == 1 && said.err.contains(cause),
-            "{args:?}: {said:?}"
+            "{line}: {said:?}"
         );
     }
     ensure!(
-        good(mount(msb, &["ls", "box"])?)?.out == before,
+        good(mount(msb, "ls box")?)?.out == before,
         "a refusal changed the list"
     );
     ensure!(backends(msb)? == count, "a refused mount has a backend");
@@ -223,13 +185,13 @@ fn refusals(msb: &Msb) -> Result<()> {
 
     // In use: it stays, unless told otherwise.
     good(msb.exec("box", "cd /scratch && (sleep 600 >/dev/null 2>&1 &)")?)?;
-    let busy = mount(msb, &["rm", "box", "/scratch"])?;
+    let busy = mount(msb, "rm box /scratch")?;
     ensure!(
         busy.code == 1 && busy.err.contains("in use") && busy.err.contains("--force"),
         "{busy:?}"
     );
-    good(mount(msb, &["rm", "box", "/scratch", "--force"])?)?;
-    good(mount(msb, &["add", "box", "--tmpfs", "/scratch:8M"])?)?;
+    good(mount(msb, "rm box /scratch --force")?)?;
+    good(mount(msb, "add box --tmpfs /scratch:8M")?)?;
     Ok(())
 }
 
@@ -243,10 +205,10 @@ fn a_machine_that_takes_no_devices_takes_a_tmpfs() -> Result<()> {
     begin(&msb)?;
     let before = backends(&msb)?;
     for device in [
-        ["--mount-dir", "./share:/x"],
-        ["--mount-named", "new:/x:kind=disk,size=16M"],
+        "--mount-dir ./share:/x",
+        "--mount-named new:/x:kind=disk,size=16M",
     ] {
-        let refused = mount(&msb, &[&["add", "box"], &device[..]].concat())?;
+        let refused = mount(&msb, &format!("add box {device}"))?;
         ensure!(
             refused.code == 1 && refused.err.contains("libkrun"),
             "{refused:?}"
@@ -254,9 +216,9 @@ fn a_machine_that_takes_no_devices_takes_a_tmpfs() -> Result<()> {
     }
     ensure!(backends(&msb)? == before, "a refused mount has a backend");
     ensure!(msb.msb(["volume", "ls", "-q"])?.out.is_empty(), "a volume");
-    good(mount(&msb, &["add", "box", "--tmpfs", "/scratch:8M"])?)?;
+    good(mount(&msb, "add box --tmpfs /scratch:8M")?)?;
     good(msb.exec("box", "grep ' /scratch tmpfs .*size=8192k' /proc/mounts")?)?;
-    good(mount(&msb, &["rm", "box", "/scratch"])?)?;
+    good(mount(&msb, "rm box /scratch")?)?;
     good(msb.exec("box", "! grep ' /scratch ' /proc/mounts")?)?;
     good(msb.msb(["rm", "-f", "box"])?)?;
     Ok(())
@@ -271,13 +233,7 @@ fn whatever_is_killed_while_a_volume_is_mounted_is_mended() -> Result<()> {
     begin(&msb)?;
     // The command that asks: what it asked for is done or not, and nothing in between.
     let mut asks = msb
-        .command([
-            "mount",
-            "add",
-            "box",
-            "--mount-named",
-            "one:/one:kind=disk,size=16M",
-        ])
+        .command("mount add box --mount-named one:/one:kind=disk,size=16M".split(' '))
         .spawn()?;
     std::thread::sleep(Duration::from_millis(150));
     if let Some(pid) = i32::try_from(asks.id()).ok().and_then(Pid::from_raw) {
@@ -285,8 +241,8 @@ fn whatever_is_killed_while_a_volume_is_mounted_is_mended() -> Result<()> {
     }
     asks.wait()?;
     // The next one waits for it.
-    good(mount(&msb, &["add", "box", "--tmpfs", "/after"])?)?;
-    let listed = good(mount(&msb, &["ls", "box"])?)?.out;
+    good(mount(&msb, "add box --tmpfs /after")?)?;
+    let listed = good(mount(&msb, "ls box")?)?.out;
     let seen = good(msb.exec("box", "grep -c ' /one ' /proc/mounts || true")?)?.out;
     ensure!(
         listed.contains("/one") == (seen == "1\n"),
@@ -295,13 +251,7 @@ fn whatever_is_killed_while_a_volume_is_mounted_is_mended() -> Result<()> {
 
     // The supervisor: the volume that was made for the mount goes with it.
     let mut asks = msb
-        .command([
-            "mount",
-            "add",
-            "box",
-            "--mount-named",
-            "two:/two:kind=disk,size=16M",
-        ])
+        .command("mount add box --mount-named two:/two:kind=disk,size=16M".split(' '))
         .spawn()?;
     let made = msb.path("home/volumes/two");
     let patience = Instant::now() + Duration::from_secs(60);
@@ -321,7 +271,7 @@ fn whatever_is_killed_while_a_volume_is_mounted_is_mended() -> Result<()> {
     ensure!(!volumes.contains("two"), "{volumes}");
     let started = good(msb.msb(["start", "box"])?)?;
     ensure!(started.code == 0, "{started:?}");
-    let listed = good(mount(&msb, &["ls", "box"])?)?.out;
+    let listed = good(mount(&msb, "ls box")?)?.out;
     ensure!(
         !listed.contains("/two") && listed.contains("/after"),
         "{listed}"

@@ -47,9 +47,10 @@ pub(crate) async fn join(
 ) -> Result<Joined, Error> {
     let raw = if terminal { RawMode::enter() } else { None };
     let control = handle.control();
-    let input = handle.take_stdin();
-    if with_stdin && let Some(input) = input {
-        pump_input(input)?;
+    match handle.take_stdin() {
+        Some(input) if with_stdin => pump_input(input)?,
+        // Dropped, so that the command reads the end of its input.
+        _ => {}
     }
     let interrupted = Arc::new(Notify::new());
     let signals = tokio::spawn(watch_signals(

@@ -1,13 +1,15 @@
 //! One sandbox through its life: commands, terminal, copies, sizes, logs, restart.
 
 use std::fs;
-use std::io::BufRead;
-use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use msb_testkit::msb::{Msb, Said, host, said};
+use msb_testkit::msb::{Msb, Said, said};
 use serde_json::Value;
+
+mod copies;
+mod logs;
+mod verbs;
 
 /// Starts a sandbox with a volume of each kind.
 fn begin(msb: &Msb) -> Result<()> {
@@ -37,8 +39,8 @@ fn a_sandbox_lives_through_everything() -> Result<()> {
     let msb = Msb::new()?;
     begin(&msb)?;
     commands(&msb)?;
-    copies(&msb)?;
-    hostile_copies(&msb)?;
+    copies::copies(&msb)?;
+    copies::hostile_copies(&msb)?;
     listings(&msb)?;
     progress(&msb)?;
     restarted_elsewhere(&msb)?;
@@ -155,108 +157,6 @@ fn said_of(child: std::process::Child) -> Result<Said> {
     said(&child.wait_with_output()?)
 }
 
-fn copies(msb: &Msb) -> Result<()> {
-    // A tree with everything that a copy has to keep, judged by diff and stat.
-    for number in 0..60 {
-        msb.write(
-            &format!("tree/d{}/f{number}", number % 7),
-            format!("{number}\n").repeat(number),
-        )?;
-    }
-    msb.write("tree/big", vec![7; 5 << 20])?;
-    msb.write("tree/with space and ü", "x")?;
-    msb.write(&format!("tree/{}/deep", "long".repeat(50)), "x")?;
-    symlink("d1/f1", msb.path("tree/link"))?;
-    symlink("/nowhere", msb.path("tree/dangling"))?;
-    fs::create_dir(msb.path("tree/empty"))?;
-    let script = msb.write("tree/script", "#!/bin/sh\n")?;
-    fs::set_permissions(script, fs::Permissions::from_mode(0o751))?;
-    for (from, to) in [
-        ("./tree", "life:/srv"),          // made
-        ("./tree", "life:/srv"),          // into it: /srv/tree
-        ("./tree/.", "life:/cache"),      // its content
-        ("./tree/big", "life:/data/big"), // a file
-        ("./tree/big", "life:/data/"),    // into a directory
-        ("life:/srv", "./back"),
-        ("life:/srv/tree/.", "./back2"),
-        ("life:/srv/script", "./script"),
-        ("life:/data/big", "./"),
-    ] {
-        let said = msb.msb(["cp", from, to])?;
-        ensure!(
-            said.code == 0 && said.out.is_empty() && said.err.is_empty(),
-            "{from} {to}: {said:?}"
-        );
-    }
-    let tree = msb.path("tree").display().to_string();
-    let back = msb.path("back2").display().to_string();
-    host("diff", ["-r", "--no-dereference", &tree, &back])?;
-    // The volume keeps links as files on the host, as strict has it.
-    let volume = msb.home().join("volumes/cache").display().to_string();
-    let others = ["--exclude=link", "--exclude=dangling"];
-    host("diff", ["-r", others[0], others[1], &tree, &volume])?;
-    let links = msb.exec("life", "cd /cache; readlink link; readlink dangling")?;
-    ensure!(links.out == "d1/f1\n/nowhere\n", "{links:?}");
-    ensure!(
-        msb.path("back/tree/link").is_symlink(),
-        "not put into the directory"
-    );
-    let mode = |name: &str| anyhow::Ok(fs::metadata(msb.path(name))?.permissions().mode() & 0o777);
-    ensure!(
-        (mode("script")?, mode("back/script")?) == (0o751, 0o751),
-        "modes are lost"
-    );
-    ensure!(
-        fs::read(msb.path("big"))? == vec![7; 5 << 20],
-        "the large file differs"
-    );
-    for (from, to, wanted) in [
-        ("./none", "life:/x", "./none"),
-        ("life:/none", "./x", "/none"),
-        ("./tree", "life:/srv/script", "not a directory"),
-        ("./tree/big", "life:/none/x", "/none/x"),
-        ("life:/srv", "./script", "is a file"),
-        ("./a", "./b", "neither side"),
-        ("life:/a", "life:/b", "both sides"),
-        ("./tree", "other:/b", "other"),
-    ] {
-        let said = msb.msb(["cp", from, to])?;
-        ensure!(
-            said.code == 1 && said.err.contains(wanted),
-            "{from} {to}: {said:?}"
-        );
-    }
-    ensure!(!msb.path("x").exists(), "a refused copy left something");
-    Ok(())
-}
-
-/// What the guest chooses for its files leads nowhere on the host.
-fn hostile_copies(msb: &Msb) -> Result<()> {
-    let outside = msb.dir("outside")?;
-    let script = format!(
-        "mkdir /h; cd /h; ln -s {outside} up; ln -s ../../outside rel; mkfifo pipe; cp /bin/busybox suid; chmod 6755 suid",
-        outside = outside.display()
-    );
-    msb.exec("life", &script)?;
-    let said = msb.msb(["cp", "life:/h", "./h"])?;
-    ensure!(said.code == 0 && said.err.contains("pipe"), "{said:?}");
-    ensure!(
-        msb.path("h/up").is_symlink() && !msb.path("h/pipe").exists(),
-        "{said:?}"
-    );
-    let mode = fs::metadata(msb.path("h/suid"))?.permissions().mode();
-    ensure!(mode & 0o7777 == 0o755, "{mode:o}");
-    // The second copy finds the links of the first, and does not write through them.
-    msb.exec(
-        "life",
-        "cd /h; rm up rel; mkdir up rel; echo x >up/x; echo x >rel/x",
-    )?;
-    let said = msb.msb(["cp", "life:/h/.", "./h"])?;
-    ensure!(said.code == 1, "{said:?}");
-    ensure!(fs::read_dir(&outside)?.count() == 0, "written outside");
-    Ok(())
-}
-
 fn listings(msb: &Msb) -> Result<()> {
     let json = |line: &str| -> Result<Value> {
         let said = msb.msb(line.split(' '))?;
@@ -325,86 +225,7 @@ fn listings(msb: &Msb) -> Result<()> {
         whole["config"]["mounts"].as_array().map(Vec::len) == Some(3),
         "{whole}"
     );
-    logs(msb)
-}
-
-fn logs(msb: &Msb) -> Result<()> {
-    // What nobody waited for is in the log.
-    msb.msb([
-        "exec",
-        "-d",
-        "life",
-        "--",
-        "sh",
-        "-c",
-        "echo one; echo two; echo three >&2",
-    ])?;
-    for _ in 0..50 {
-        if msb.msb(["logs", "life"])?.out.contains("three") {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
-    let log = |args: &[&str]| -> Result<Said> {
-        let said = msb.msb([&["logs", "life"], args].concat())?;
-        ensure!(said.code == 0, "logs {args:?}: {said:?}");
-        Ok(said)
-    };
-    // What was printed where is printed there.
-    let both = log(&[])?;
-    ensure!(
-        both.out == "one\ntwo\n" && both.err == "three\n",
-        "{both:?}"
-    );
-    for (args, out) in [
-        (&["--tail", "2", "--source", "stdout"][..], "one\ntwo\n"),
-        (&["-n", "1", "--source", "stdout"], "two\n"),
-        (&["--tail", "all", "--grep", "ne"], "one\n"),
-        (&["--since", "1h", "--until", "1m"], ""),
-        (&["--since", "2020-01-01", "--grep", "t"], "two\n"),
-        (&["--source", "stderr"], ""),
-    ] {
-        let said = log(args)?;
-        ensure!(said.out == out, "logs {args:?}: {said:?}");
-    }
-    let timed = log(&["-t", "--grep", "one"])?.out;
-    let (time, line) = timed.split_once(' ').context("no time")?;
-    ensure!(
-        time.len() == 24 && time.ends_with('Z') && line == "one\n",
-        "{timed}"
-    );
-    // The time that it shows is one that it takes.
-    ensure!(
-        log(&["--since", time, "--grep", "one"])?.out == "one\n",
-        "{time}"
-    );
-    ensure!(
-        log(&["--until", time, "--grep", "one"])?.out.is_empty(),
-        "{time}"
-    );
-    let rows = log(&["--format", "json", "--source", "stderr"])?.out;
-    ensure!(
-        log(&["--json", "--source", "stderr"])?.out == rows,
-        "{rows}"
-    );
-    let row: Value = serde_json::from_str(&rows)?;
-    ensure!(row["source"] == "stderr" && row["line"] == "three", "{row}");
-    let system = log(&["--source", "system", "--timestamps"])?.out;
-    ensure!(
-        system.contains("Z  INFO mount /data: its jail holds"),
-        "{system}"
-    );
-    // Followed while it runs.
-    let mut follow = msb.command(["logs", "-f", "--tail", "0", "life"]);
-    let mut follow = follow.stdout(Stdio::piped()).spawn()?;
-    let line = "sleep 1; printf half; sleep 1; echo ' way'";
-    msb.msb(["exec", "-d", "life", "--", "sh", "-c", line])?;
-    let mut heard = String::new();
-    std::io::BufReader::new(follow.stdout.take().context("no output")?).read_line(&mut heard)?;
-    follow.kill()?;
-    follow.wait()?;
-    ensure!(heard == "half way\n", "{heard}");
-    Ok(())
+    logs::logs(msb)
 }
 
 /// On a terminal, and there alone, it is said what takes long.
