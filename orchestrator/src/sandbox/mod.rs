@@ -508,7 +508,10 @@ async fn why_ended(client: &Client) -> Option<Error> {
 /// Decides what is done for `spec`, touching nothing.
 fn decide(home: &Home, spec: &SandboxSpec) -> MicrosandboxResult<Plan> {
     let facts = HostFacts::read(spec, home)?;
-    Plan::decide(spec, &facts)
+    tracing::trace!("the host is {facts:?}");
+    let plan = Plan::decide(spec, &facts)?;
+    tracing::debug!("the plan is {plan:?}");
+    Ok(plan)
 }
 
 async fn start(
@@ -526,7 +529,10 @@ async fn start(
     });
     loop {
         match client.told().await {
-            Some(FromSupervisor::Progress { step }) => (launch.progress)(&step),
+            Some(FromSupervisor::Progress { step }) => {
+                tracing::info!("{step}");
+                (launch.progress)(&step);
+            }
             Some(FromSupervisor::Changed { .. }) => {}
             Some(FromSupervisor::Ready { boot_ms }) => {
                 let image = image_config(home, &spec);

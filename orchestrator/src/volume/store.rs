@@ -312,7 +312,10 @@ fn make(
         save(home, &record)
     });
     match recorded {
-        Ok(()) => Ok(record),
+        Ok(()) => {
+            tracing::info!("volume {name} is made, in {}", place.display());
+            Ok(record)
+        }
         Err(error) => {
             // Should this fail too, the record still says that the volume is not whole.
             let _ = clear(home, name);
@@ -322,6 +325,7 @@ fn make(
 }
 
 fn remove_locked(home: &Home, mut record: Record) -> MicrosandboxResult<()> {
+    tracing::info!("volume {} is removed", record.name);
     record.phase = Phase::Removing;
     save(home, &record)?;
     clear(home, &record.name)

@@ -167,3 +167,22 @@ fn the_doctor_names_what_is_missing_and_how_to_get_it() {
     assert!(told.contains("✗ guest kernel"), "{told}");
     assert!(told.contains("\n  → tests/setup.sh FOLDER"), "{told}");
 }
+
+#[test]
+fn what_is_logged_is_what_was_asked_for() {
+    let scratch = Scratch::new();
+    for (flag, told) in [
+        ("--error", false),
+        ("--warn", false),
+        ("--info", true),
+        ("--debug", true),
+        ("--trace", true),
+    ] {
+        let output = scratch.msb(&[flag, "volume", "create", &flag[2..]]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{flag}: {said}");
+        assert_eq!(said.contains(" is made"), told, "{flag}: {said}");
+    }
+    let both = scratch.msb(&["--info", "--debug", "ls"]);
+    assert_eq!(both.status.code(), Some(2));
+}
