@@ -45,6 +45,49 @@ fn what_users_are_offered_is_shown_in_an_example() {
     );
 }
 
+/// The types whose methods the table of the tests names.
+const TABLED: [&str; 12] = [
+    "ExecControl",
+    "ExecHandle",
+    "ExecOptions",
+    "ExecStdin",
+    "MountBuilder",
+    "NamedVolumeBuilder",
+    "Sandbox",
+    "SandboxBuilder",
+    "SandboxHandle",
+    "Volume",
+    "VolumeBuilder",
+    "VolumeHandle",
+];
+
+#[test]
+fn the_table_of_the_tests_names_every_method() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let table = fs::read_to_string(root.join("../tests/README.md")).unwrap();
+    // Each type, and the words of the first cells of its rows.
+    let row = |owner: &str| -> BTreeSet<String> {
+        let cells = table.lines().filter_map(|line| line.split('|').nth(1));
+        let cells = cells.filter(|cell| cell.contains(&format!("`{owner}::")));
+        cells.flat_map(words).collect()
+    };
+    let offered = TABLED.map(str::to_owned).into();
+    let mut missing = Vec::new();
+    for file in SOURCES
+        .iter()
+        .flat_map(|place| files(&root.join("src").join(place)))
+    {
+        for item in items(&fs::read_to_string(&file).unwrap(), &offered) {
+            if let Some((owner, method)) = item.name.split_once("::")
+                && !row(owner).contains(method)
+            {
+                missing.push(item.name.clone());
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
 #[test]
 fn an_item_without_an_example_is_found() {
     let text = "\

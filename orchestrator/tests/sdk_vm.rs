@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use microsandbox::{
-    DiskImageFormat, ErrorKind, MicrosandboxResult, Sandbox, SizeExt, StatVirtualization, Volume,
-    VolumeKind,
+    DiskImageFormat, ErrorKind, ExecEvent, ExecOptions, MicrosandboxResult, Resource, Sandbox,
+    SecurityProfile, SizeExt, StatVirtualization, Volume, VolumeKind,
 };
 use msb_testkit::documents::{EVERYTHING, documents, everything, relaxed_link};
 use msb_testkit::msb::{Msb, bin_dir, kernel};
@@ -276,4 +277,144 @@ async fn combined() -> MicrosandboxResult<Sandbox> {
         .create()
         .await?;
     Ok(sb)
+}
+
+#[test]
+fn a_sandbox_is_made_used_and_found_again() -> Result<()> {
+    let example = async || {
+        let sb = Sandbox::builder("used")
+            .image("alpine")
+            .cpus(2)
+            .memory(300)
+            .root_disk(64)
+            .security(SecurityProfile::Restricted)
+            .env("COLOUR", "blue")
+            .workdir("/srv")
+            .user("0:0")
+            .hostname("of-builder")
+            .entrypoint(["/bin/busybox"])
+            .label("team", "x")
+            .create()
+            .await?;
+        let line = "echo $COLOUR $PWD $(hostname) $(nproc); grep NoNewPrivs /proc/self/status";
+        let seen = shell(&sb, line).await?;
+        ensure!(seen == "blue /srv of-builder 2\nNoNewPrivs:\t1\n", "{seen}");
+        let main = sb.main_command(&["true".to_owned()]);
+        ensure!(main == ["/bin/busybox", "true"], "{main:?}");
+        ensure!(sb.boot_ms().is_some(), "no time");
+        commands(&sb).await?;
+        copies(&sb).await?;
+        found_again(sb).await
+    };
+    pasted("a_sandbox_is_made_used_and_found_again", example, |msb| {
+        assert_eq!(msb.msb(["ls", "-q"])?.out, "");
+        Ok(())
+    })
+}
+
+async fn commands(sb: &Sandbox) -> Result<()> {
+    let output = sb
+        .exec("sh", ["-c", "echo out; echo err >&2; exit 3"])
+        .await?;
+    ensure!(
+        (output.code(), output.stdout_bytes(), output.stderr_bytes()) == (3, b"out\n", b"err\n"),
+        "{output:?}"
+    );
+    // Input, a terminal and its size, limits.
+    let mut sort = sb.exec_with(ExecOptions::new("sort"))?;
+    let mut input = sort.take_stdin().context("no input")?;
+    input.write(b"b\na\n").await?;
+    drop(input);
+    ensure!(sort.output().await?.stdout() == "a\nb\n", "not sorted");
+    let line = "stty size; ulimit -n; id -u; echo $COLOUR $PWD; read x; stty size";
+    let options = ExecOptions::new("sh").args(["-c", line]).terminal(20, 70);
+    let options = options.rlimit(Resource::Nofile, 64, 128).user("user");
+    let mut asked = sb.exec_with(options.env("COLOUR", "red").cwd("/tmp"))?;
+    let mut input = asked.take_stdin().context("no input")?;
+    asked.control().resize(30, 90);
+    input.write(b"\n").await?;
+    let seen = asked.output().await?.stdout();
+    ensure!(
+        seen.contains("64\r\n1000\r\nred /tmp\r\n") && seen.ends_with("30 90\r\n"),
+        "{seen:?}"
+    );
+    // Signals, time, and what is left alone.
+    let sleep = || ExecOptions::new("sleep").args(["600"]);
+    let slept = sb.exec_with(sleep())?;
+    slept.control().signal(libc::SIGTERM);
+    ensure!(
+        slept.output().await?.code() == 128 + libc::SIGTERM,
+        "not by the signal"
+    );
+    let late = sb.exec_with(sleep().timeout(Duration::from_millis(300)))?;
+    let late = refusal(late.output().await)?;
+    ensure!(late.kind() == ErrorKind::ExecTimeout, "{late}");
+    let missing = refusal(sb.exec("no-such-program", [""; 0]).await)?;
+    ensure!(missing.kind() == ErrorKind::Exec, "{missing}");
+    let mut server = sb.exec_with(ExecOptions::new("sh").args(["-c", "echo logged"]))?;
+    server.detach().await;
+    let begins = server.next().await?;
+    ensure!(
+        matches!(begins, Some(ExecEvent::Started { .. })),
+        "{begins:?}"
+    );
+    let ends = server.next().await?;
+    ensure!(ends == Some(ExecEvent::Exited { code: 0 }), "{ends:?}");
+    let log = fs::read_to_string(sb.dir().output_log())?;
+    ensure!(log.contains("logged"), "{log}");
+    Ok(())
+}
+
+async fn copies(sb: &Sandbox) -> Result<()> {
+    let copied = sb.copy_in("./src", "/tmp/src", &|_| {}).await?;
+    ensure!(copied.bytes > 0 && copied.left_out.is_empty(), "{copied:?}");
+    sb.copy_out("/tmp/src/main.py", "./copied", &|_| {}).await?;
+    ensure!(
+        fs::read("copied")? == fs::read("src/main.py")?,
+        "they differ"
+    );
+    // A volume that comes and goes.
+    sb.mount("/later", |v| v.tmpfs().size(4)).await?;
+    let twice = refusal(sb.mount("/later", |v| v.tmpfs()).await)?;
+    ensure!(twice.kind() == ErrorKind::InvalidConfig, "{twice}");
+    let mounts = sb.mounts()?;
+    let [mount] = mounts.as_slice() else {
+        bail!("{mounts:?}");
+    };
+    sb.unmount("/later", false).await?;
+    sb.add_mount(mount.clone()).await?;
+    let seen = shell(sb, "df -m /later | awk 'NR == 2 {print $2}'").await?;
+    ensure!(seen == "4\n", "{seen}");
+    Ok(())
+}
+
+async fn found_again(sb: Sandbox) -> Result<()> {
+    ensure!(sb.spec().labels["team"] == "x", "{:?}", sb.spec());
+    let names: Vec<_> = Sandbox::list().await?;
+    let names: Vec<&str> = names.iter().map(|handle| handle.name()).collect();
+    ensure!(names == ["used"], "{names:?}");
+    let handle = Sandbox::get("used").await?;
+    ensure!(
+        handle.is_running() && handle.state()?.status == sb.state()?.status,
+        "{:?}",
+        handle.state()?
+    );
+    let refused = refusal(handle.remove().await)?;
+    ensure!(refused.kind() == ErrorKind::WrongState, "{refused}");
+    shell(&sb, "echo kept >/mark; sync").await?;
+    handle.stop().await?;
+    sb.wait().await?;
+    let again = handle.start().await?;
+    ensure!(
+        shell(&again, "cat /mark").await? == "kept\n",
+        "it is another"
+    );
+    let other = handle.connect().await?;
+    ensure!(other.name() == again.name(), "{}", other.name());
+    other.kill().await?;
+    ensure!(handle.spec()?.mounts.len() == 1, "{:?}", handle.spec()?);
+    handle.remove().await?;
+    let gone = refusal(Sandbox::get("used").await)?;
+    ensure!(gone.kind() == ErrorKind::SandboxNotFound, "{gone}");
+    Ok(())
 }

@@ -87,7 +87,7 @@ fn kept(msb: &Msb) -> Result<()> {
     let shown = good(msb.msb(["inspect", "box"])?)?;
     let paths = good(mount(msb, "ls -q box")?)?.out;
     ensure!(
-        paths == "/first\n/srv/new/share\n/etc/added\n/data\n/scratch\n",
+        paths == "/first\n/data\n/etc/added\n/srv/new/share\n/scratch\n",
         "{paths}"
     );
     for path in paths.lines() {

@@ -179,4 +179,40 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+
+    /// What each flag does is tested, and the table of the tests says where.
+    #[test]
+    fn the_table_of_the_tests_names_every_flag_of_every_verb() {
+        let table = include_str!("../../../../../tests/README.md");
+        let mut missing = Vec::new();
+        let mut waiting = vec![(String::new(), Cli::command())];
+        while let Some((above, command)) = waiting.pop() {
+            let path = format!("{above}{}", command.get_name());
+            let verb = path.trim_start_matches("msb ").to_owned();
+            let below = command
+                .get_subcommands()
+                .filter(|below| !below.is_hide_set());
+            waiting.extend(below.map(|below| (format!("{path} "), below.clone())));
+            let rows: Vec<&str> = table.lines().filter(|row| names(row, &verb)).collect();
+            let flags = command.get_arguments().filter_map(|flag| flag.get_long());
+            let flags = flags.filter(|flag| !matches!(*flag, "help" | "version"));
+            for flag in flags {
+                let flag = format!("--{flag}");
+                let named = |row: &&&str| {
+                    let mut words = row.split(|c: char| c != '-' && !c.is_ascii_alphanumeric());
+                    words.any(|word| word == flag)
+                };
+                if rows.iter().find(named).is_none() {
+                    missing.push(format!("{verb} {flag}"));
+                }
+            }
+        }
+        assert!(missing.is_empty(), "{missing:#?}");
+    }
+
+    /// Whether the first cell of a row names the verb.
+    fn names(row: &str, verb: &str) -> bool {
+        let cell = row.split('|').nth(1).unwrap_or_default();
+        cell.split('`').any(|word| word == verb)
+    }
 }
