@@ -411,11 +411,11 @@ fn a_quota_is_one_account_for_all_sandboxes() -> Result<()> {
         ensure!((used..used + 8).contains(&taken), "{taken} KiB on the host");
         for name in ["one", "two"] {
             let said = msb.exec(name, sizes)?.out;
-            assert_eq!(
-                said,
-                format!("16384 {taken} {}\n", 16_384 - taken),
-                "{name}"
-            );
+            // On tmpfs it takes none.
+            let shown = (taken..=taken + 4)
+                .map(|used| format!("16384 {used} {}\n", 16_384 - used))
+                .any(|shown| shown == said);
+            ensure!(shown, "{name}: {said} and {taken} on the host");
         }
     }
     let refused = write("two", "b")?;
