@@ -11,7 +11,7 @@ use super::superblock::{self, Content, PROBE_LEN};
 
 const DISKS: &str = "sys/block";
 /// How long a disk may take to appear after the first look.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 const INTERVAL: Duration = Duration::from_millis(5);
 
 /// A disk that cannot be used.
