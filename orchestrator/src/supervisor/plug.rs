@@ -12,6 +12,7 @@ use msb_protocol::{FromAgent, GuestMount};
 use tokio::sync::mpsc;
 
 use super::boot::{Parts, listen, named_limit, purpose, start_backend};
+use super::child::Child;
 use super::guest::{Guest, Served};
 use super::hub::Hub;
 use super::revive::Spare;
@@ -416,14 +417,31 @@ async fn stand(
     };
     let stands = stands.await;
     if stands.is_err() {
-        if plugged && let Err(error) = plug.detach(&served.plan).await {
-            tracing::warn!("{}: its device stays: {error}", served.child.purpose);
+        let mut detached = false;
+        if plugged {
+            match plug.detach(&served.plan).await {
+                Ok(()) => detached = true,
+                Err(error) => {
+                    tracing::warn!("{}: its device stays: {error}", served.child.purpose);
+                }
+            }
         }
-        if !served.child.ended_within(Duration::from_millis(500)).await {
-            served.child.end(FLUSH_LIMIT).await;
-        }
+        give_up(&mut served.child, detached).await;
     }
     stands
+}
+
+/// Ends the backend of a mount that does not stand. If its device was `detached`, the guest lets it
+/// go first: one that still looks at a device that nobody serves waits for ever.
+async fn give_up(child: &mut Child, detached: bool) {
+    let limit = if detached {
+        patience()
+    } else {
+        Duration::from_millis(500)
+    };
+    if !child.ended_within(limit).await {
+        child.end(FLUSH_LIMIT).await;
+    }
 }
 
 /// Takes a mount down, or leaves it as it was.
@@ -475,4 +493,31 @@ async fn blocking<T: Send + 'static>(
 ) -> MicrosandboxResult<T> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| Error::io("the work was interrupted", std::io::Error::other(error)))?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use super::*;
+
+    /// How a backend ends that the guest lets go after a second and more.
+    async fn ended(detached: bool) -> (Option<i32>, Option<i32>) {
+        let (ends, _ended) = mpsc::unbounded_channel();
+        let mut command = Command::new("sleep");
+        command.arg("1.2");
+        let log = File::options().append(true).open("/dev/null").unwrap();
+        let mut child = Child::start(String::new(), command, &log, 0, ends).unwrap();
+        give_up(&mut child, detached).await;
+        let status = child.status().unwrap();
+        (status.code(), status.signal())
+    }
+
+    #[tokio::test]
+    async fn a_backend_serves_until_the_guest_has_let_its_device_go() {
+        assert_eq!(ended(true).await, (Some(0), None));
+        assert_eq!(ended(false).await, (None, Some(libc::SIGTERM)));
+    }
 }
