@@ -71,7 +71,8 @@ pub fn calls(rules: &Rules, limited: bool) -> Vec<Call> {
 }
 
 /// `*at` calls take a directory that is open, or the folder of descriptors that is the working
-/// directory; the root directory is the share.
+/// directory; the root directory is the share. That no symbolic link is followed is the mount's
+/// work: a filter that looks at flags costs something at every call.
 const READING: &[Call] = &[
     Call::any(libc::SYS_openat),
     Call::any(libc::SYS_openat2),
