@@ -150,6 +150,37 @@ fn an_overlay_keeps_its_changes_on_shares_by_an_ordinary_user() -> Result<()> {
     overlay(true)
 }
 
+/// Many links of one file below an overlay, which the guest reads while its kernel is told to forget
+/// them; a server that found them again by handle or by descriptor once lost some.
+const LINKS: &str = r#"
+module overlay
+mkdir -p /x/lower/dir /memory
+cd /x/lower
+seq 1000 >first
+for n in $(seq 970); do ln first dir/$n; done
+mount -t tmpfs none /memory
+mkdir /memory/upper /memory/work /memory/merged
+mount -t overlay overlay -o lowerdir=/x/lower,upperdir=/memory/upper,workdir=/memory/work /memory/merged
+cd /memory/merged
+(while [ ! -e /tmp/over ]; do echo 3 >/proc/sys/vm/drop_caches; sleep 0.2; done) &
+cat dir/* | wc -l
+find . -links 971 | wc -l
+echo more >>dir/7
+touch /tmp/over
+wait
+wc -l dir/7
+stat -c %h dir/8
+"#;
+
+#[test]
+fn many_links_below_an_overlay_are_never_stale() -> Result<()> {
+    let guest = Guest::new(true)?;
+    guest.dir("share")?;
+    let text = guest.must(&["-v", "./share:/x"], LINKS)?;
+    ensure!(text == "970000\n971\n1001 dir/7\n971\n", "{text}");
+    Ok(())
+}
+
 /// One of two guests: unpacks, compares and removes a tree in a folder of its own, and appends,
 /// renames and makes names in one that both have. `$me` and `$other` are above it.
 const WRITER: &str = r#"
