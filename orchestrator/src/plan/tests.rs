@@ -493,7 +493,7 @@ fn sizes_that_cannot_work_are_refused() {
         said,
         [
             "number of CPUs of 0 is too small: at least 1 needed",
-            "memory of 1 MiB is too small: at least 64 MiB needed",
+            "memory of 1 MiB is too small: at least 96 MiB needed",
             "root disk of 0 MiB is too small: at least 1 MiB needed",
         ]
     );

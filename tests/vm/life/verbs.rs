@@ -34,7 +34,10 @@ fn a_sandbox_is_as_its_flags_say() -> Result<()> {
 #[test]
 fn sandboxes_are_found_ended_and_replaced_by_name_and_label() -> Result<()> {
     let msb = Msb::new()?;
-    let made = good(&msb, "create demo --name one --label team=x --label n=1 -q")?;
+    let made = good(
+        &msb,
+        "create demo --name one --label team=x --label n=1 -m 96 -q",
+    )?;
     ensure!(made.is_empty(), "{made}");
     let loud = ["sh", "-c", "echo up; exec sleep 600"];
     let detached = "run -d demo --name two --label team=x --".split(' ');
