@@ -1,4 +1,4 @@
-//! Disks whose backend is killed under load: the guest notices a pause and nothing else.
+//! What dies in the middle: backends, of which the guest notices a pause, and the guest itself.
 
 use std::io::{BufRead, BufReader};
 use std::thread::sleep;
@@ -108,5 +108,18 @@ fn a_backend_that_dies_again_and_again_ends_the_run() -> Result<()> {
     }
     let ended = said(&child.wait_with_output()?)?;
     ensure!(ended.code != 0 && ended.err.contains("/data"), "{ended:?}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_dies_has_its_last_words_told() -> Result<()> {
+    let msb = Msb::new()?;
+    let said = msb.run(&[], "echo c >/proc/sysrq-trigger; sleep 60")?;
+    ensure!(
+        said.code == 1
+            && said.err.starts_with("error: the VMM ended")
+            && said.err.contains("Kernel panic"),
+        "{said:?}"
+    );
     Ok(())
 }

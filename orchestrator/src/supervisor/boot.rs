@@ -415,7 +415,7 @@ fn keep_console(console: OwnedFd, log: &Path) -> MicrosandboxResult<()> {
 }
 
 /// Adds what the guest printed last, which is often the only trace.
-fn with_console(error: Error, console: &Path) -> Error {
+pub(super) fn with_console(error: Error, console: &Path) -> Error {
     let text = std::fs::read(console).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text
@@ -423,11 +423,13 @@ fn with_console(error: Error, console: &Path) -> Error {
         .map(str::trim_end)
         .filter(|line| !line.is_empty())
         .collect();
-    let last = lines.len().saturating_sub(CONSOLE_LINES);
-    let last = lines.get(last..).unwrap_or_default();
+    let (before, last) = lines.split_at(lines.len().saturating_sub(CONSOLE_LINES));
     if last.is_empty() {
         return error;
     }
+    // The registers, which come last, do not say what it was.
+    let panic = before.iter().find(|line| line.contains("Kernel panic"));
+    let last: Vec<&str> = panic.into_iter().chain(last).copied().collect();
     error.with_hint(format!(
         "the guest's console ends with:\n{}",
         last.join("\n")

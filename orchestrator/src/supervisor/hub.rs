@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-use super::boot::{Link, Parts};
+use super::boot::{Link, Parts, with_console};
 use super::control::{Failure, FromSupervisor, ToSupervisor};
 use super::plug::Changes;
 use super::{Owner, Sandbox};
@@ -177,7 +177,17 @@ pub(super) async fn serve(
         hub.accept(stream);
     }
     let error = match error {
-        Some(error) => Some(settle(parts, &mut ends, error).await),
+        Some(error) => {
+            let error = settle(parts, &mut ends, error).await;
+            let alone = !parts.backends.iter().any(super::child::Child::failed);
+            let died = parts.vmm.as_ref().is_some_and(|vmm| vmm.status().is_some());
+            // A guest that died by itself may have said why.
+            Some(if alone && died {
+                with_console(error, &hub.sandbox.dir.console_log())
+            } else {
+                error
+            })
+        }
         None => None,
     };
     hub.finish(error)
