@@ -46,14 +46,16 @@ pub enum ErrorKind {
     ImageNotFound,
     /// Something else uses it: a volume of a running sandbox, a locked disk image.
     InUse,
-    /// The sandbox is not in the state that the request needs: not running, or still running.
-    WrongState,
+    /// The sandbox runs, and must not for this.
+    SandboxStillRunning,
+    /// The sandbox does not run, or has ended meanwhile.
+    SandboxNotRunning,
     /// A path leads out of the volume.
     PathEscape,
     /// The sandbox did not start.
-    Boot,
+    BootStart,
     /// A command could not be run in the sandbox.
-    Exec,
+    ExecFailed,
     /// A command took longer than it was given.
     ExecTimeout,
     /// The host refused an operation.

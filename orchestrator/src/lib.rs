@@ -47,6 +47,6 @@ pub use spec::{
 };
 pub use usage::{Usage, UsageClass, usage};
 pub use volume::{
-    FsEntry, FsEntryKind, FsMetadata, Volume, VolumeBuilder, VolumeFsHandle, VolumeHandle,
-    VolumeReadStream, VolumeUse, VolumeWriteStream,
+    FsEntry, FsEntryKind, FsMetadata, Volume, VolumeBuilder, VolumeConfig, VolumeFsHandle,
+    VolumeHandle, VolumeReadStream, VolumeUse, VolumeWriteStream,
 };

@@ -39,11 +39,12 @@ fn volumes_are_made_listed_and_removed() {
             (cache.name(), cache.kind()),
             ("pip-cache", VolumeKind::Directory)
         );
-        let data = Volume::builder("docker-data")
+        let config = Volume::builder("docker-data")
             .disk()
             .size(64.mib())
-            .create()
-            .await?;
+            .build()?;
+        assert_eq!(Volume::list().await?.len(), 1);
+        let data = Volume::create(config).await?;
         assert_eq!(data.capacity_bytes(), Some(64 << 20));
         assert_eq!(
             (data.disk_format(), data.disk_fstype()),

@@ -350,7 +350,7 @@ async fn commands(sb: &Sandbox) -> Result<()> {
     let late = refusal(late.output().await)?;
     ensure!(late.kind() == ErrorKind::ExecTimeout, "{late}");
     let missing = refusal(sb.exec("no-such-program", [""; 0]).await)?;
-    ensure!(missing.kind() == ErrorKind::Exec, "{missing}");
+    ensure!(missing.kind() == ErrorKind::ExecFailed, "{missing}");
     let mut server = sb.exec_with(ExecOptions::new("sh").args(["-c", "echo logged"]))?;
     server.detach().await;
     let begins = server.next().await?;
@@ -400,7 +400,10 @@ async fn found_again(sb: Sandbox) -> Result<()> {
         handle.state()?
     );
     let refused = refusal(handle.remove().await)?;
-    ensure!(refused.kind() == ErrorKind::WrongState, "{refused}");
+    ensure!(
+        refused.kind() == ErrorKind::SandboxStillRunning,
+        "{refused}"
+    );
     shell(&sb, "echo kept >/mark; sync").await?;
     handle.stop().await?;
     sb.wait().await?;

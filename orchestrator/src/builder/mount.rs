@@ -34,6 +34,7 @@ use crate::spec::{
 #[derive(Debug, Clone)]
 #[must_use = "return it from the closure of `volume`"]
 pub struct MountBuilder {
+    target: String,
     sources: Vec<Source>,
     access: Access,
     noexec: bool,
@@ -55,19 +56,17 @@ enum Source {
 }
 
 impl MountBuilder {
-    /// The mount at `target` that `f` describes; relative host paths are taken from the current
-    /// directory.
-    pub(crate) fn describe(
-        target: &str,
-        f: impl FnOnce(Self) -> Self,
-    ) -> MicrosandboxResult<MountSpec> {
-        let cwd = std::env::current_dir()
-            .map_err(|error| Error::io("cannot find the current directory", error))?;
-        f(Self::new()).build(target, &cwd)
-    }
-
-    pub(super) fn new() -> Self {
+    /// Begins the description of what is mounted at `target`, an absolute path of the guest.
+    ///
+    /// ```
+    /// # use microsandbox::MountBuilder;
+    /// let mount = MountBuilder::new("/app").bind("./src").readonly().build()?;
+    /// assert_eq!(mount.target.as_str(), "/app");
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
+    pub fn new(target: impl Into<String>) -> Self {
         Self {
+            target: target.into(),
             sources: Vec::new(),
             access: Access::ReadWrite,
             noexec: false,
@@ -337,9 +336,26 @@ impl MountBuilder {
         self
     }
 
+    /// The mount, if it is possible. Relative host paths are taken from the current directory.
+    ///
+    /// ```
+    /// # use microsandbox::{ErrorKind, MountBuilder};
+    /// let error = MountBuilder::new("/data").tmpfs().fstype("ext4").build().unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidConfig`] when no kind of mount was chosen, or a call does not fit it.
+    pub fn build(self) -> MicrosandboxResult<MountSpec> {
+        let cwd = std::env::current_dir()
+            .map_err(|error| Error::io("cannot find the current directory", error))?;
+        self.build_in(&cwd)
+    }
+
     /// The mount at `target`; relative host paths are taken from `cwd`.
-    pub(super) fn build(mut self, target: &str, cwd: &Path) -> MicrosandboxResult<MountSpec> {
-        let target = GuestPath::try_from(target.to_owned())?;
+    pub(super) fn build_in(mut self, cwd: &Path) -> MicrosandboxResult<MountSpec> {
+        let target = GuestPath::try_from(mem::take(&mut self.target))?;
         let misused = |what: &str, right: &str| {
             let message = format!("volume at `{target}`: {what}");
             Error::new(ErrorKind::InvalidConfig, message)
@@ -438,7 +454,7 @@ mod tests {
     use crate::spec::{BindKind, MountFlag, NamedVolumeMode, SizeExt, VolumeRequest, parse_mount};
 
     fn build(f: impl FnOnce(MountBuilder) -> MountBuilder) -> MicrosandboxResult<MountSpec> {
-        f(MountBuilder::new()).build("/x", Path::new("/w"))
+        f(MountBuilder::new("/x")).build_in(Path::new("/w"))
     }
 
     /// Checks that calls and a flag mean the same.

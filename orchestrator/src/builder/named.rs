@@ -39,6 +39,20 @@ impl NamedVolumeBuilder {
         }
     }
 
+    /// Asks for another volume.
+    ///
+    /// ```
+    /// # use microsandbox::{MountBuilder, spec::MountSource};
+    /// let mount = MountBuilder::new("/x").named_with("cache", |n| n.name("cache-2")).build()?;
+    /// let MountSource::Named { name, .. } = &mount.source else { panic!() };
+    /// assert_eq!(name.as_str(), "cache-2");
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
     /// It must exist. This is the default.
     ///
     /// ```

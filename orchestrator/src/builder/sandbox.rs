@@ -33,7 +33,7 @@ use crate::spec::{
 pub struct SandboxBuilder {
     name: String,
     image: Option<String>,
-    mounts: Vec<(String, MountBuilder)>,
+    mounts: Vec<MountBuilder>,
     cpus: u8,
     memory: Mebibytes,
     root_disk: Mebibytes,
@@ -104,7 +104,7 @@ impl SandboxBuilder {
         path: impl Into<String>,
         f: impl FnOnce(MountBuilder) -> MountBuilder,
     ) -> Self {
-        self.mounts.push((path.into(), f(MountBuilder::new())));
+        self.mounts.push(f(MountBuilder::new(path)));
         self
     }
 
@@ -298,7 +298,7 @@ impl SandboxBuilder {
         let mounts: Vec<_> = self
             .mounts
             .into_iter()
-            .filter_map(|(path, mount)| mount.build(&path, &cwd).map_err(&mut keep).ok())
+            .filter_map(|mount| mount.build_in(&cwd).map_err(&mut keep).ok())
             .collect();
         if let Some(error) = Error::all(errors) {
             return Err(error);
@@ -339,7 +339,7 @@ impl SandboxBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidConfig`] and its like before anything is made, [`ErrorKind::Boot`] after.
+    /// [`ErrorKind::InvalidConfig`] and its like before anything is made, [`ErrorKind::BootStart`] after.
     pub async fn create(self) -> MicrosandboxResult<Sandbox> {
         let spec = self.build()?;
         Sandbox::launch(&Home::from_env()?, spec, Launch::detached()).await

@@ -275,12 +275,12 @@ impl SandboxDir {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] while it runs.
+    /// [`ErrorKind::SandboxStillRunning`] while it runs.
     pub fn remove(&self) -> MicrosandboxResult<()> {
         match self.try_lock()? {
             Some(lock) => self.remove_locked(&lock),
             None => Err(Error::new(
-                ErrorKind::WrongState,
+                ErrorKind::SandboxStillRunning,
                 format!("sandbox `{}` is running", self.name),
             )
             .with_hint(format!("stop it first, or use `msb rm -f {}`", self.name))),

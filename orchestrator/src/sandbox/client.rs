@@ -96,7 +96,7 @@ impl Client {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         if routes.closed {
             return Err(Error::new(
-                ErrorKind::WrongState,
+                ErrorKind::SandboxNotRunning,
                 "the sandbox is not running any more",
             ));
         }

@@ -310,7 +310,7 @@ impl ExecHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] when the sandbox ends before the command does, and
+    /// [`ErrorKind::SandboxNotRunning`] when the sandbox ends before the command does, and
     /// [`ErrorKind::ExecTimeout`] when [`timeout`](super::ExecOptions::timeout) has passed.
     pub async fn next(&mut self) -> MicrosandboxResult<Option<ExecEvent>> {
         while !self.done {
@@ -346,7 +346,7 @@ impl ExecHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Exec`] when it could not be started, and as [`ExecHandle::next`].
+    /// [`ErrorKind::ExecFailed`] when it could not be started, and as [`ExecHandle::next`].
     pub async fn output(mut self) -> MicrosandboxResult<ExecOutput> {
         drop(self.stdin.take());
         let mut output = ExecOutput {
@@ -361,7 +361,7 @@ impl ExecHandle {
                 ExecEvent::Stderr(bytes) => output.stderr.extend(bytes),
                 ExecEvent::Exited { code } => output.code = code,
                 ExecEvent::NotStarted { message, .. } => {
-                    return Err(Error::new(ErrorKind::Exec, message));
+                    return Err(Error::new(ErrorKind::ExecFailed, message));
                 }
             }
         }
@@ -409,7 +409,8 @@ impl ExecHandle {
             }
             Kind::Control => {
                 let message = frame.message().map_err(|error| {
-                    Error::new(ErrorKind::Exec, "the agent broke the protocol").with_source(error)
+                    Error::new(ErrorKind::ExecFailed, "the agent broke the protocol")
+                        .with_source(error)
                 })?;
                 self.message(message)
             }
@@ -443,7 +444,7 @@ impl ExecHandle {
     async fn lost(&self) -> Error {
         super::why_ended(&self.client).await.unwrap_or_else(|| {
             Error::new(
-                ErrorKind::WrongState,
+                ErrorKind::SandboxNotRunning,
                 "the sandbox ended before the command did",
             )
         })
@@ -476,11 +477,11 @@ impl ExecStdin {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] when the sandbox has ended.
+    /// [`ErrorKind::SandboxNotRunning`] when the sandbox has ended.
     pub async fn write(&mut self, bytes: &[u8]) -> MicrosandboxResult<()> {
         for piece in bytes.chunks(STDIN_PIECE) {
             let permits = u32::try_from(piece.len()).unwrap_or(u32::MAX);
-            let gone = |_| Error::new(ErrorKind::WrongState, "the sandbox has ended");
+            let gone = |_| Error::new(ErrorKind::SandboxNotRunning, "the sandbox has ended");
             self.window
                 .acquire_many(permits)
                 .await

@@ -92,7 +92,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] while it runs, [`ErrorKind::SandboxNotFound`].
+    /// [`ErrorKind::SandboxStillRunning`] while it runs, [`ErrorKind::SandboxNotFound`].
     pub async fn remove(name: &str) -> MicrosandboxResult<()> {
         Self::get(name).await?.remove().await
     }
@@ -179,7 +179,7 @@ impl SandboxHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] when it does not run.
+    /// [`ErrorKind::SandboxNotRunning`] when it does not run.
     pub async fn connect(&self) -> MicrosandboxResult<Sandbox> {
         Sandbox::connect(&self.home, self.dir.name()).await
     }
@@ -198,7 +198,7 @@ impl SandboxHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] when it runs, [`ErrorKind::Boot`] when it does not start.
+    /// [`ErrorKind::SandboxStillRunning`] when it runs, [`ErrorKind::BootStart`] when it does not start.
     pub async fn start(&self) -> MicrosandboxResult<Sandbox> {
         Sandbox::start(&self.home, self.dir.name(), Launch::detached()).await
     }
@@ -219,7 +219,7 @@ impl SandboxHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] when it does not run.
+    /// [`ErrorKind::SandboxNotRunning`] when it does not run.
     pub async fn stop(&self) -> MicrosandboxResult<()> {
         self.connect().await?.stop().await
     }
@@ -240,7 +240,7 @@ impl SandboxHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] while it runs.
+    /// [`ErrorKind::SandboxStillRunning`] while it runs.
     pub async fn remove(&self) -> MicrosandboxResult<()> {
         let dir = self.dir.clone();
         blocking(move || dir.remove()).await

@@ -118,7 +118,7 @@ impl Sandbox {
     /// # Errors
     ///
     /// Everything that can be known without starting anything comes before anything is made; after
-    /// that, [`ErrorKind::Boot`] says what did not start and why.
+    /// that, [`ErrorKind::BootStart`] says what did not start and why.
     pub async fn launch(
         home: &Home,
         spec: SandboxSpec,
@@ -152,7 +152,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::SandboxNotFound`], [`ErrorKind::WrongState`] when it runs, and as
+    /// [`ErrorKind::SandboxNotFound`], [`ErrorKind::SandboxStillRunning`] when it runs, and as
     /// [`Sandbox::launch`]; the sandbox stays as it was.
     pub async fn start(
         home: &Home,
@@ -163,7 +163,7 @@ impl Sandbox {
         let dir = home.find_sandbox(name)?;
         if reach(home, &dir).await?.is_some() || dir.is_running() {
             return Err(Error::new(
-                ErrorKind::WrongState,
+                ErrorKind::SandboxStillRunning,
                 format!("sandbox `{name}` is running already"),
             )
             .with_value(name.as_str()));
@@ -189,12 +189,12 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::SandboxNotFound`], or [`ErrorKind::WrongState`] when it does not run.
+    /// [`ErrorKind::SandboxNotFound`], or [`ErrorKind::SandboxNotRunning`] when it does not run.
     pub async fn connect(home: &Home, name: &SandboxName) -> MicrosandboxResult<Self> {
         let dir = home.find_sandbox(name)?;
         let not_running = || {
             Error::new(
-                ErrorKind::WrongState,
+                ErrorKind::SandboxNotRunning,
                 format!("sandbox `{name}` is not running"),
             )
             .with_value(name.as_str())
@@ -322,7 +322,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Exec`] when it could not be started.
+    /// [`ErrorKind::ExecFailed`] when it could not be started.
     pub async fn exec(
         &self,
         program: impl Into<String>,
@@ -365,7 +365,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] when the sandbox has ended.
+    /// [`ErrorKind::SandboxNotRunning`] when the sandbox has ended.
     pub fn exec_with(&self, options: ExecOptions) -> MicrosandboxResult<ExecHandle> {
         let limit = options.limit();
         let exec = options.into_message(&self.defaults());
@@ -385,7 +385,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Boot`] when something broke meanwhile.
+    /// [`ErrorKind::BootStart`] when something broke meanwhile.
     pub async fn stop(&self) -> MicrosandboxResult<()> {
         self.stop_within(STOP_LIMIT).await
     }
@@ -447,7 +447,7 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Boot`] when it broke down rather than being stopped.
+    /// [`ErrorKind::BootStart`] when it broke down rather than being stopped.
     pub async fn wait(&self) -> MicrosandboxResult<()> {
         why_ended(&self.client).await.map_or(Ok(()), Err)
     }
@@ -500,7 +500,7 @@ async fn why_ended(client: &Client) -> Option<Error> {
         }
     }
     Some(Error::new(
-        ErrorKind::Boot,
+        ErrorKind::BootStart,
         "the sandbox's supervisor was killed",
     ))
 }
@@ -550,10 +550,11 @@ async fn start(
             }
             Some(FromSupervisor::Stopped) | None => {
                 let log = dir.supervisor_log();
-                return Err(
-                    Error::new(ErrorKind::Boot, "the supervisor ended without a word")
-                        .with_hint(format!("its log is `{}`", log.display())),
-                );
+                return Err(Error::new(
+                    ErrorKind::BootStart,
+                    "the supervisor ended without a word",
+                )
+                .with_hint(format!("its log is `{}`", log.display())));
             }
         }
     }

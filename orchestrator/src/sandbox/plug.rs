@@ -32,7 +32,7 @@ impl Sandbox {
         path: &str,
         f: impl FnOnce(MountBuilder) -> MountBuilder,
     ) -> MicrosandboxResult<()> {
-        self.add_mount(MountBuilder::describe(path, f)?).await
+        self.add_mount(f(MountBuilder::new(path)).build()?).await
     }
 
     /// Adds a mount, as [`Sandbox::mount`].
@@ -124,7 +124,7 @@ impl Sandbox {
     async fn change(&self, message: &ToSupervisor) -> MicrosandboxResult<()> {
         let ended = || {
             Error::new(
-                ErrorKind::WrongState,
+                ErrorKind::SandboxNotRunning,
                 format!("sandbox `{}` has ended", self.name()),
             )
             .with_value(self.name())

@@ -76,7 +76,7 @@ impl Parts {
             (None, None, None) => return None,
         };
         let message = format!("{what}{} ended: {}", child.purpose, child.last_words());
-        Some(Error::new(ErrorKind::Boot, message))
+        Some(Error::new(ErrorKind::BootStart, message))
     }
 }
 
@@ -95,7 +95,7 @@ pub(super) async fn boot(
     let cannot = |error| Error::io("cannot listen to signals", error);
     let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
-    let interrupted = || Error::new(ErrorKind::Boot, "the start was interrupted");
+    let interrupted = || Error::new(ErrorKind::BootStart, "the start was interrupted");
     let Owner { reader, sender, .. } = owner;
     tokio::select! {
         link = start(sandbox, parts, sender) => link,
@@ -178,7 +178,7 @@ async fn start(
     let reached = tokio::time::timeout(limit, reach_agent(sandbox, parts, &listener)).await;
     let link = reached.unwrap_or_else(|_| {
         Err(Error::new(
-            ErrorKind::Boot,
+            ErrorKind::BootStart,
             format!(
                 "the guest did not reach its agent within {} seconds",
                 limit.as_secs()
@@ -286,7 +286,9 @@ async fn reach_agent(
             // The VMM has gone, or is about to: its end tells more.
             Ok(None) => return Err(death(parts).await),
             Err(error) => {
-                return Err(Error::new(ErrorKind::Boot, "the agent's end broke").with_source(error));
+                return Err(
+                    Error::new(ErrorKind::BootStart, "the agent's end broke").with_source(error)
+                );
             }
         };
         parts.connected = true;
@@ -299,11 +301,15 @@ async fn reach_agent(
 /// Answers the agent; true when the guest is ready.
 fn hear(sandbox: &Sandbox, link: &mut Link, frame: &Frame) -> MicrosandboxResult<bool> {
     let message = frame.message::<FromAgent>().map_err(|error| {
-        Error::new(ErrorKind::Boot, "the agent sent no message of the protocol").with_source(error)
+        Error::new(
+            ErrorKind::BootStart,
+            "the agent sent no message of the protocol",
+        )
+        .with_source(error)
     })?;
     match message {
         FromAgent::Hello { version, .. } if version != PROTOCOL_VERSION => Err(Error::new(
-            ErrorKind::Boot,
+            ErrorKind::BootStart,
             format!("the agent speaks version {version} of the protocol, not {PROTOCOL_VERSION}"),
         )
         .with_hint("msb and msb-agent must come from the same release")),
@@ -327,7 +333,7 @@ fn hear(sandbox: &Sandbox, link: &mut Link, frame: &Frame) -> MicrosandboxResult
                 format!(" ({})", std::io::Error::from_raw_os_error(errno))
             });
             Err(Error::new(
-                ErrorKind::Boot,
+                ErrorKind::BootStart,
                 format!("in the guest, {step}: {message}{errno}"),
             ))
         }
@@ -352,7 +358,7 @@ async fn death(parts: &mut Parts) -> Error {
     }
     parts
         .broken()
-        .unwrap_or_else(|| Error::new(ErrorKind::Boot, "the guest went away"))
+        .unwrap_or_else(|| Error::new(ErrorKind::BootStart, "the guest went away"))
 }
 
 /// What the VM boots from: kernel and initramfs, both kept for the next one. libkrun has its own.

@@ -51,7 +51,7 @@ impl Child {
         let program = command.get_program().to_string_lossy().into_owned();
         let cannot = |error| {
             Error::new(
-                ErrorKind::Boot,
+                ErrorKind::BootStart,
                 format!("{purpose}: cannot start `{program}`"),
             )
             .with_source(error)

@@ -76,7 +76,8 @@ pub(crate) enum FailureClass {
     Config,
     InUse,
     NotFound,
-    WrongState,
+    StillRunning,
+    NotRunning,
     Unsupported,
     Io,
 }
@@ -94,7 +95,8 @@ impl Failure {
             ErrorKind::InvalidConfig => FailureClass::Config,
             ErrorKind::InUse => FailureClass::InUse,
             ErrorKind::SandboxNotFound => FailureClass::NotFound,
-            ErrorKind::WrongState => FailureClass::WrongState,
+            ErrorKind::SandboxStillRunning => FailureClass::StillRunning,
+            ErrorKind::SandboxNotRunning => FailureClass::NotRunning,
             ErrorKind::Unsupported => FailureClass::Unsupported,
             ErrorKind::Io => FailureClass::Io,
             _ => FailureClass::Boot,
@@ -109,11 +111,12 @@ impl Failure {
     /// The error again.
     pub(crate) fn into_error(self) -> Error {
         let kind = match self.class {
-            FailureClass::Boot => ErrorKind::Boot,
+            FailureClass::Boot => ErrorKind::BootStart,
             FailureClass::Config => ErrorKind::InvalidConfig,
             FailureClass::InUse => ErrorKind::InUse,
             FailureClass::NotFound => ErrorKind::SandboxNotFound,
-            FailureClass::WrongState => ErrorKind::WrongState,
+            FailureClass::StillRunning => ErrorKind::SandboxStillRunning,
+            FailureClass::NotRunning => ErrorKind::SandboxNotRunning,
             FailureClass::Unsupported => ErrorKind::Unsupported,
             FailureClass::Io => ErrorKind::Io,
         };

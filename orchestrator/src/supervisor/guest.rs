@@ -44,7 +44,7 @@ impl Guest {
     }
 
     async fn answer(&mut self, about: &str) -> MicrosandboxResult<()> {
-        let silent = || Error::new(ErrorKind::Boot, "the guest does not answer");
+        let silent = || Error::new(ErrorKind::BootStart, "the guest does not answer");
         let answered = async {
             loop {
                 match self.answers.recv().await.ok_or_else(silent)? {
@@ -85,7 +85,7 @@ impl Served {
             "the backend of {purpose} ended: {}",
             self.child.last_words()
         );
-        Error::new(ErrorKind::Boot, message)
+        Error::new(ErrorKind::BootStart, message)
     }
 }
 
@@ -99,5 +99,8 @@ fn refused(step: &str, target: &str, errno: Option<i32>, message: &str) -> Error
                 "end the commands that work there and remove the mounts below it, or add --force",
             );
     }
-    Error::new(ErrorKind::Boot, format!("in the guest, {step}: {message}"))
+    Error::new(
+        ErrorKind::BootStart,
+        format!("in the guest, {step}: {message}"),
+    )
 }

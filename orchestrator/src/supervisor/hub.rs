@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::boot::{Link, Parts, with_console};
+use super::child::Child;
 use super::control::{Failure, FromSupervisor, ToSupervisor};
 use super::plug::Changes;
 use super::{Owner, Sandbox};
@@ -125,7 +126,7 @@ pub(super) async fn serve(
     let ends = parts.ends.take();
     let (Some(control), Some(mut ends), Ok(mut signals)) = (control, ends, Signals::new()) else {
         return hub.finish(Some(Error::new(
-            ErrorKind::Boot,
+            ErrorKind::BootStart,
             "the supervisor is incomplete",
         )));
     };
@@ -151,7 +152,7 @@ pub(super) async fn serve(
                     Next::On
                 }
                 Err(error) => Next::Over(Some(
-                    Error::new(ErrorKind::Boot, "the agent's end broke").with_source(error),
+                    Error::new(ErrorKind::BootStart, "the agent's end broke").with_source(error),
                 )),
             },
             Some(number) = ends.recv() => hub.bury(parts, number).await,
@@ -177,31 +178,30 @@ pub(super) async fn serve(
         hub.accept(stream);
     }
     let error = match error {
-        Some(error) => {
-            let error = settle(parts, &mut ends, error).await;
-            let alone = !parts.backends.iter().any(super::child::Child::failed);
-            let died = parts.vmm.as_ref().is_some_and(|vmm| vmm.status().is_some());
-            // A guest that died by itself may have said why.
-            Some(if alone && died {
-                with_console(error, &hub.sandbox.dir.console_log())
-            } else {
-                error
-            })
-        }
+        Some(error) => Some(settle(&hub, parts, &mut ends, error).await),
         None => None,
     };
     hub.finish(error)
 }
 
-/// Gives a backend that died with the VMM a moment to be found, for it knows the cause.
-async fn settle(parts: &Parts, ends: &mut mpsc::UnboundedReceiver<usize>, error: Error) -> Error {
-    let cause = async {
-        while !parts.backends.iter().any(super::child::Child::failed) && ends.recv().await.is_some()
-        {
-        }
-    };
+/// Gives a backend that died with the VMM a moment to be found, for it knows the cause. A guest that
+/// died by itself may have said it on its console.
+async fn settle(
+    hub: &Hub<'_>,
+    parts: &Parts,
+    ends: &mut mpsc::UnboundedReceiver<usize>,
+    error: Error,
+) -> Error {
+    let backend_failed = || parts.backends.iter().any(Child::failed);
+    let cause = async { while !backend_failed() && ends.recv().await.is_some() {} };
     let _ = timeout(Duration::from_millis(300), cause).await;
-    parts.broken().unwrap_or(error)
+    let error = parts.broken().unwrap_or(error);
+    let vmm_ended = parts.vmm.as_ref().is_some_and(|vmm| vmm.status().is_some());
+    if vmm_ended && !backend_failed() {
+        with_console(error, &hub.sandbox.dir.console_log())
+    } else {
+        error
+    }
 }
 
 async fn until(deadline: Option<Instant>) {
@@ -433,7 +433,7 @@ impl Hub<'_> {
                 Err(error) => return Next::Over(Some(error)),
             }
         }
-        let backend_failed = parts.backends.iter().any(super::child::Child::failed);
+        let backend_failed = parts.backends.iter().any(Child::failed);
         match parts.broken() {
             // The guest switched itself off, as it was told to or not: nothing is lost.
             _ if vmm_ended && self.goodbye && !backend_failed => Next::Over(None),

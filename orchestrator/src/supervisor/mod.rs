@@ -134,7 +134,7 @@ pub fn become_tied(
     let now = rustix::process::getppid().map(rustix::process::Pid::as_raw_nonzero);
     if now.map(|pid| i64::from(pid.get())) != Some(i64::from(parent)) {
         return Err(Error::new(
-            ErrorKind::Boot,
+            ErrorKind::BootStart,
             "the supervisor has ended already",
         ));
     }
@@ -290,7 +290,7 @@ fn prepare(folder: &Path, plan: Box<Plan>) -> MicrosandboxResult<(Sandbox, Sandb
     let dir = home.sandbox(&name);
     let lock = lock(&dir)?.ok_or_else(|| {
         Error::new(
-            ErrorKind::WrongState,
+            ErrorKind::SandboxStillRunning,
             format!("sandbox `{name}` is running already"),
         )
         .with_value(name.as_str())

@@ -123,7 +123,7 @@ impl Hub<'_> {
             };
             let begun = if self.stopping.is_some() {
                 Err(Error::new(
-                    ErrorKind::WrongState,
+                    ErrorKind::SandboxNotRunning,
                     "the sandbox is being stopped",
                 ))
             } else {
@@ -379,7 +379,7 @@ fn start(
     let ends = parts
         .send_end
         .clone()
-        .ok_or_else(|| Error::new(ErrorKind::WrongState, "the sandbox is not running"))?;
+        .ok_or_else(|| Error::new(ErrorKind::SandboxNotRunning, "the sandbox is not running"))?;
     let socket = sandbox.sockets.socket(&format!("d{number}"))?;
     let listener = listen(&socket)?;
     let spare = Spare::keep(number, plan, &sandbox.plan.vm, &listener, &ends)?;
@@ -460,7 +460,7 @@ async fn fall(
     let mut gone = plug.detach(&served.plan).await;
     if gone.is_ok() && !served.child.ended_within(patience()).await {
         gone = Err(Error::new(
-            ErrorKind::Boot,
+            ErrorKind::BootStart,
             "the guest does not let the device go",
         ));
     }

@@ -39,7 +39,7 @@ const GIVE: u64 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4;
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Boot`] with the first layer that is missing in the end, unless the jail is
+/// [`ErrorKind::BootStart`] with the first layer that is missing in the end, unless the jail is
 /// best-effort: then what is missing is logged.
 pub(super) async fn verify(
     plan: &BackendPlan,
@@ -51,7 +51,7 @@ pub(super) async fn verify(
     }
     let refused = |detail: String| {
         Error::new(
-            ErrorKind::Boot,
+            ErrorKind::BootStart,
             format!(
                 "the backend of {} is not in its jail: {detail}",
                 child.purpose

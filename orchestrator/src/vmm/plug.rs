@@ -186,7 +186,7 @@ fn no_way() -> Error {
 }
 
 fn failed(what: &str, error: MonitorError) -> Error {
-    Error::new(ErrorKind::Boot, what).with_source(error)
+    Error::new(ErrorKind::BootStart, what).with_source(error)
 }
 
 #[cfg(test)]

@@ -74,6 +74,21 @@ pub struct VolumeBuilder {
     labels: BTreeMap<String, String>,
 }
 
+/// A volume that is possible, and was not made yet: what [`Volume::create`] takes.
+///
+/// ```
+/// # use microsandbox::{MicrosandboxResult, VolumeConfig, Volume};
+/// fn cache(name: &str) -> MicrosandboxResult<VolumeConfig> {
+///     Volume::builder(name).quota(1024).label("use", "cache").build()
+/// }
+/// assert!(cache("pip-cache").is_ok());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeConfig {
+    name: VolumeName,
+    request: VolumeRequest,
+}
+
 impl Volume {
     /// Begins a new volume: a directory, unless [`VolumeBuilder::disk`] says otherwise.
     ///
@@ -94,6 +109,33 @@ impl Volume {
             quota: None,
             labels: BTreeMap::new(),
         }
+    }
+
+    /// Makes the volume that [`VolumeBuilder::build`] has checked.
+    ///
+    /// ```no_run
+    /// # use microsandbox::{MicrosandboxResult, SizeExt, Volume};
+    /// # async fn example() -> MicrosandboxResult<()> {
+    /// let config = Volume::builder("docker-data").disk().size(20.gib()).build()?;
+    /// let data = Volume::create(config).await?;
+    /// # let _ = data;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::VolumeAlreadyExists`] when there is one of that name, [`ErrorKind::Io`].
+    pub async fn create(config: VolumeConfig) -> MicrosandboxResult<Self> {
+        blocking(move || {
+            let home = Home::from_env()?;
+            let mode = NamedVolumeMode::Create;
+            let (record, _) = store::ensure(&home, &config.name, mode, &config.request, None)?;
+            Ok(Self {
+                handle: VolumeHandle::new(home, record),
+            })
+        })
+        .await
     }
 
     /// Finds a volume.
@@ -593,20 +635,22 @@ impl VolumeBuilder {
     /// [`ErrorKind::VolumeAlreadyExists`] when there is one of that name,
     /// [`ErrorKind::InvalidConfig`] when the name, size or quota is not possible.
     pub async fn create(self) -> MicrosandboxResult<Volume> {
-        let name = VolumeName::try_from(self.name.clone())?;
-        let request = self.request()?;
-        blocking(move || {
-            let home = Home::from_env()?;
-            let mode = NamedVolumeMode::Create;
-            let (record, _) = store::ensure(&home, &name, mode, &request, None)?;
-            Ok(Volume {
-                handle: VolumeHandle::new(home, record),
-            })
-        })
-        .await
+        Volume::create(self.build()?).await
     }
 
-    fn request(self) -> MicrosandboxResult<VolumeRequest> {
+    /// Checks it, and makes nothing yet.
+    ///
+    /// ```
+    /// # use microsandbox::{ErrorKind, SizeExt, Volume};
+    /// assert!(Volume::builder("docker-data").disk().size(20.gib()).build().is_ok());
+    /// let error = Volume::builder("docker-data").disk().build().unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidConfig`] when the name, size or quota is not possible.
+    pub fn build(self) -> MicrosandboxResult<VolumeConfig> {
         let quota = self.quota.map(|mib| {
             u32::try_from(mib).map(Mebibytes).map_err(|_| {
                 Error::new(
@@ -616,6 +660,7 @@ impl VolumeBuilder {
                 .with_value(mib.to_string())
             })
         });
+        let name = VolumeName::try_from(self.name)?;
         let request = VolumeRequest {
             kind: Some(self.kind),
             size: self.size,
@@ -623,6 +668,6 @@ impl VolumeBuilder {
             labels: self.labels,
         };
         request.check()?;
-        Ok(request)
+        Ok(VolumeConfig { name, request })
     }
 }

@@ -17,7 +17,7 @@ pub use fit::{Misfit, VolumeFacts, VolumeProblem};
 pub use fs::{
     FsEntry, FsEntryKind, FsMetadata, VolumeFsHandle, VolumeReadStream, VolumeWriteStream,
 };
-pub use handle::{Volume, VolumeBuilder, VolumeHandle};
+pub use handle::{Volume, VolumeBuilder, VolumeConfig, VolumeHandle};
 pub(crate) use record::folder;
 pub(crate) use record::{DISK_IMAGE, QUOTA_ACCOUNTS};
 pub(crate) use store::mend;

@@ -78,7 +78,7 @@ pub(crate) async fn leave(mut handle: ExecHandle) -> Result<Joined, Error> {
 
 /// Says why a command does not run; its exit code.
 fn not_started(errno: i32, message: String) -> i32 {
-    crate::output::error(&Error::new(ErrorKind::Exec, message));
+    crate::output::error(&Error::new(ErrorKind::ExecFailed, message));
     match errno {
         libc::ENOENT | libc::ENOTDIR => NOT_FOUND,
         _ => NOT_EXECUTABLE,
@@ -163,7 +163,7 @@ async fn pump_output(handle: &mut ExecHandle, control: &ExecControl) -> Result<i
         }
     }
     Err(Error::new(
-        ErrorKind::Exec,
+        ErrorKind::ExecFailed,
         "the command ended without an exit code",
     ))
 }

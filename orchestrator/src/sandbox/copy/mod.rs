@@ -190,7 +190,7 @@ async fn finish(
             // More than a guest has to say is not kept.
             (ExecEvent::Stderr(text), _) if said.len() < 64 << 10 => said.extend(text),
             (ExecEvent::NotStarted { message, .. }, _) => {
-                return Err(Error::new(ErrorKind::Exec, message));
+                return Err(Error::new(ErrorKind::ExecFailed, message));
             }
             (ExecEvent::Exited { code }, sink) => {
                 let text = String::from_utf8_lossy(&said);

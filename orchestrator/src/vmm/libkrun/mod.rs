@@ -173,7 +173,7 @@ pub fn become_machine(text: &str) -> MicrosandboxResult<()> {
         .map_err(|error| Error::io("there is no console", error))?;
     let refused = |error: Refused| {
         let lacks_devices = error.lacks_devices();
-        let refused = Error::new(ErrorKind::Boot, error.to_string());
+        let refused = Error::new(ErrorKind::BootStart, error.to_string());
         let refused = refused.with_source(error.into_reason());
         if lacks_devices {
             refused.with_hint(Unusable::NoVhostUser.to_string())

@@ -20,7 +20,7 @@ pub(super) async fn exec(args: &Exec) -> Result<ExitCode, Error> {
     let home = Home::from_env()?;
     let name = SandboxName::try_from(args.name.clone())?;
     let sandbox = match Sandbox::connect(&home, &name).await {
-        Err(error) if error.kind() == ErrorKind::WrongState => {
+        Err(error) if error.kind() == ErrorKind::SandboxNotRunning => {
             let progress = Progress::new(args.quiet);
             let tell = |step: &str| progress.step(step);
             Sandbox::start(

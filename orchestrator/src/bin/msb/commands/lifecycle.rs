@@ -50,7 +50,7 @@ pub(super) async fn restart(args: &Restart) -> Result<ExitCode, Error> {
     let limit = Duration::from_secs(args.timeout);
     for name in select(&home, &args.which)? {
         let done = match stop_one(&home, &name, false, limit, args.which.quiet).await {
-            Err(error) if error.kind() != ErrorKind::WrongState => Err(error),
+            Err(error) if error.kind() != ErrorKind::SandboxNotRunning => Err(error),
             // One that does not run is started.
             _ => start_one(&home, &name, args.which.quiet).await,
         };

@@ -164,7 +164,7 @@ fn show_evidence(dir: &SandboxDir, format: OutputFormat) -> Result<ExitCode, Err
             "sandbox `{}` does not run, so it has no processes",
             dir.name()
         );
-        Error::new(ErrorKind::WrongState, message).with_value(dir.name().as_str())
+        Error::new(ErrorKind::SandboxNotRunning, message).with_value(dir.name().as_str())
     })?;
     let own = evidence::read(std::process::id())
         .map_err(|error| Error::io("cannot look at this process in /proc", error))?;
