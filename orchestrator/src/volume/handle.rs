@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::fit::fit;
 use super::fs::VolumeFsHandle;
 use super::record::{DISK_IMAGE, Record, folder};
 use super::users::{VolumeUse, sandboxes_using};
@@ -668,6 +669,8 @@ impl VolumeBuilder {
             labels: self.labels,
         };
         request.check()?;
+        fit(NamedVolumeMode::Create, &request, None)
+            .map_err(|problem| problem.into_error(&name))?;
         Ok(VolumeConfig { name, request })
     }
 }
