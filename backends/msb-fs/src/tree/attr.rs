@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use libc::S_IFMT;
 use rustix::fs::{
     AtFlags, FileType, StatVfs, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
 };
@@ -15,8 +16,6 @@ use super::{Caller, FILE_ID, Result, StatVirt, Tree};
 use crate::quota::{BLOCK, Room, Tally};
 use crate::sys;
 use crate::wire::abi::{Attr, AttrOut, ROOT_ID, SetattrIn, StatxOut, Time, set};
-
-const S_IFMT: u32 = 0o170_000;
 
 impl Tree {
     /// The attributes of a node, or of the file behind a handle.

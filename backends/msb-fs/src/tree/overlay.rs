@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use libc::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFMT, S_IFREG, S_ISGID, S_ISUID, S_IXGRP};
 use rustix::fs::{FileType, OFlags, XattrFlags};
 use rustix::io::Errno;
 
@@ -22,15 +23,6 @@ pub(crate) const PREFIX: &[u8] = b"user.msb.";
 const PROBE: &str = "user.msb._probe";
 /// Owner of what does not belong to the server's user.
 const NOBODY: (u32, u32) = (65534, 65534);
-
-const S_IFMT: u32 = 0o170_000;
-const S_IFDIR: u32 = 0o040_000;
-const S_IFREG: u32 = 0o100_000;
-const S_IFCHR: u32 = 0o020_000;
-const S_IFBLK: u32 = 0o060_000;
-const S_ISUID: u32 = 0o4000;
-const S_ISGID: u32 = 0o2000;
-const S_IXGRP: u32 = 0o10;
 
 /// How far the guest's view of ownership and modes is kept apart from the host's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

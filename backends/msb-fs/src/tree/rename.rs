@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::os::fd::AsFd;
 
+use libc::S_IFCHR;
 use rustix::fs::{AtFlags, CWD, FileType, RenameFlags};
 use rustix::io::Errno;
 
@@ -13,8 +14,6 @@ use super::{Caller, Result, Tree, entry_name};
 use crate::quota::{Room, Tally};
 use crate::sys;
 use crate::wire::abi::EntryOut;
-
-const S_IFCHR: u32 = 0o020_000;
 
 impl Tree {
     /// Gives the inode of a node one more name.

@@ -7,6 +7,7 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::BorrowedFd;
 
+use libc::S_ISGID;
 use rustix::fs::{FileType, XattrFlags};
 use rustix::io::Errno;
 use rustix::path::Arg;
@@ -25,7 +26,6 @@ const VALUE_MAX: usize = 1 << 16;
 const ATTRIBUTES_MAX: usize = 4096;
 /// Longest name.
 const NAME_MAX: usize = 255;
-const S_ISGID: u32 = 0o2000;
 
 impl Tree {
     /// The value of an attribute.
@@ -87,7 +87,7 @@ impl Tree {
         };
         self.cannot_hold(&node, name, result)?;
         // The host's kernel has asked whether the server is in the group.
-        if kill_sgid == Some(true) && self.is_list(bytes) && bytes == acl::ACCESS {
+        if kill_sgid == Some(true) && bytes == acl::ACCESS {
             let mode = sys::stat(node.fd())?.st_mode & 0o7777;
             return sys::chmod(node.fd(), mode & !S_ISGID);
         }
