@@ -339,7 +339,8 @@ impl SandboxBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidConfig`] and its like before anything is made, [`ErrorKind::BootStart`] after.
+    /// [`ErrorKind::InvalidConfig`] and its like before anything is made,
+    /// [`ErrorKind::BootStart`] after.
     pub async fn create(self) -> MicrosandboxResult<Sandbox> {
         let spec = self.build()?;
         Sandbox::launch(&Home::from_env()?, spec, Launch::detached()).await

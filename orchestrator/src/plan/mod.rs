@@ -25,7 +25,8 @@ use crate::spec::{
     SandboxSpec, StatVirtualization, VmmKind, VolumeName, VolumeRequest,
 };
 
-/// Least memory that a guest boots with: with 64 MiB the kernel stops without a word, with 80 it barely runs.
+/// Least memory that a guest boots with: with 64 MiB the kernel stops without a word, with 80 it
+/// barely runs.
 const LEAST_MEMORY: Mebibytes = Mebibytes(96);
 
 /// Least root disk that ext4 can be made on.

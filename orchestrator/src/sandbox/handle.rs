@@ -198,7 +198,8 @@ impl SandboxHandle {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::SandboxStillRunning`] when it runs, [`ErrorKind::BootStart`] when it does not start.
+    /// [`ErrorKind::SandboxStillRunning`] when it runs, [`ErrorKind::BootStart`] when it does not
+    /// start.
     pub async fn start(&self) -> MicrosandboxResult<Sandbox> {
         Sandbox::start(&self.home, self.dir.name(), Launch::detached()).await
     }
