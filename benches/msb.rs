@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use msb_benches::harness::cli::Options;
 use msb_benches::harness::compare::median;
-use msb_testkit::msb::{Msb, binary};
+use msb_testkit::msb::Msb;
 
 /// A home with this many volumes is listed.
 const VOLUMES: usize = 200;
@@ -93,17 +93,9 @@ fn disk(msb: &Msb) -> Result<u64> {
     Ok(made.blocks() / 2)
 }
 
-/// Runs `msb LINE`, without the `timeout` that tests put before it; how many milliseconds it took.
+/// Runs `msb LINE`; how many milliseconds it took.
 fn must(msb: &Msb, line: &str) -> Result<f64> {
-    let template = msb.command([""; 0]);
-    let set = template.get_envs();
-    timed(
-        Command::new(binary("msb"))
-            .args(line.split(' '))
-            .envs(set.filter_map(|(name, value)| Some((name, value?))))
-            .current_dir(msb.path("")),
-    )
-    .with_context(|| format!("msb {line}"))
+    timed(&mut msb.unlimited(line.split(' '))).with_context(|| format!("msb {line}"))
 }
 
 fn timed(command: &mut Command) -> Result<f64> {

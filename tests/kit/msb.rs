@@ -125,12 +125,25 @@ impl Msb {
         args: impl IntoIterator<Item = S>,
     ) -> Command {
         let limit = std::env::var_os("MSB_COMMAND_LIMIT");
-        let mut command = Command::new("timeout");
+        let mut command = self.inside("timeout");
         command
             .arg("--kill-after=20")
             .arg(limit.unwrap_or_else(|| seconds.to_string().into()))
             .arg(binary("msb"))
             .args(args);
+        command
+    }
+
+    /// The same without an end.
+    pub fn unlimited<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = self.inside(binary("msb"));
+        command.args(args);
+        command
+    }
+
+    /// A program in the scratch folder, told where everything is.
+    fn inside(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
         command
             .current_dir(self.scratch.path())
             .env("MSB_HOME", self.home())
@@ -180,16 +193,9 @@ impl Msb {
     ///
     /// When it cannot be started.
     pub fn start(&self, flags: &[&str], script: &str) -> Result<Child> {
-        Command::new(binary("msb"))
-            .args(["run", "demo"])
+        self.unlimited(["run", "demo"])
             .args(flags)
             .args(["--", "sh", "-c", script])
-            .current_dir(self.scratch.path())
-            .env("MSB_HOME", self.home())
-            .env("MSB_KERNEL", kernel())
-            .env("MSB_BIN_DIR", bin_dir())
-            .env("MSB_VMM", vmm())
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -27,7 +27,7 @@ echo verified
 "#;
 
 /// The processes that serve the disk: the one that waits and the one that serves.
-fn backend(msb: &Msb, image: &str) -> Result<Vec<i32>> {
+pub(crate) fn backend(msb: &Msb, image: &str) -> Result<Vec<i32>> {
     let all = msb.processes()?.into_iter();
     let ours = all.filter(|(_, line)| line.contains("msb-blk") && line.contains(image));
     Ok(ours.map(|(pid, _)| pid).collect())

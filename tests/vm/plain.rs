@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use msb_testkit::msb::{binary, busybox, host, kernel, unfit};
+use tempfile::TempDir;
 
 const QUEUES: usize = 2;
 
@@ -182,8 +183,18 @@ fn backend(folder: &Path) -> Result<Child> {
         .context("starting msb-blk")
 }
 
-/// The content of the image as qemu-img reads it, which finds nothing wrong, and its sum.
-fn judged(folder: &Path) -> Result<(Vec<u8>, String)> {
+/// A folder with an empty disk and what a guest begins with, to run a script.
+fn prepare(script: &str) -> Result<TempDir> {
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("disk.qcow2").display().to_string();
+    initramfs(&folder.path().join("initrd"), script)?;
+    host("qemu-img", ["create", "-q", "-f", "qcow2", &image, "20M"])?;
+    Ok(folder)
+}
+
+/// The content of the image as qemu-img reads it, which finds nothing wrong; the guest has read the
+/// same.
+fn judged(folder: &Path, console: &str) -> Result<Vec<u8>> {
     let at = |name: &str| folder.join(name).display().to_string();
     let image = at("disk.qcow2");
     host(
@@ -196,7 +207,11 @@ fn judged(folder: &Path) -> Result<(Vec<u8>, String)> {
     )?;
     let sum = host("sha256sum", [&at("raw")])?;
     let sum = sum.split_whitespace().next().context("no sum")?;
-    Ok((fs::read(at("raw"))?, sum.to_owned()))
+    ensure!(
+        after(console, "sum ")?.starts_with(sum),
+        "qemu-img reads {sum}\n{console}"
+    );
+    Ok(fs::read(at("raw"))?)
 }
 
 /// What the guest said after a word.
@@ -213,11 +228,8 @@ fn a_disk_with_several_queues() -> Result<()> {
     if unfit(&["qemu"], "this machine is QEMU's own, without msb") {
         return Ok(());
     }
-    let folder = tempfile::tempdir()?;
+    let folder = prepare(STRIPES)?;
     let folder = folder.path();
-    let image = folder.join("disk.qcow2").display().to_string();
-    initramfs(&folder.join("initrd"), STRIPES)?;
-    host("qemu-img", ["create", "-q", "-f", "qcow2", &image, "20M"])?;
     let mut backend = backend(folder)?;
     let vm = boot(folder)?.wait_with_output()?;
     let console = String::from_utf8_lossy(&vm.stdout);
@@ -229,11 +241,7 @@ fn a_disk_with_several_queues() -> Result<()> {
         "{console}"
     );
     ensure!(after(&console, "serial ")? == "plain", "{console}");
-    let (raw, sum) = judged(folder)?;
-    ensure!(
-        after(&console, "sum ")?.starts_with(&sum),
-        "qemu-img reads {sum}\n{console}"
-    );
+    let raw = judged(folder, &console)?;
     for stripe in 0..60_usize {
         let start = stripe * 4 * 65536;
         let text = format!("stripe-{stripe}\n");
@@ -248,11 +256,8 @@ fn a_killed_backend_started_again_by_hand_and_a_disk_that_grows() -> Result<()> 
     if unfit(&["qemu"], "this machine is QEMU's own, without msb") {
         return Ok(());
     }
-    let folder = tempfile::tempdir()?;
+    let folder = prepare(GROWTH)?;
     let folder = folder.path();
-    let image = folder.join("disk.qcow2").display().to_string();
-    initramfs(&folder.join("initrd"), GROWTH)?;
-    host("qemu-img", ["create", "-q", "-f", "qcow2", &image, "20M"])?;
     let mut server = backend(folder)?;
     let mut vm = boot(folder)?;
     let mut console = String::new();
@@ -286,11 +291,7 @@ fn a_killed_backend_started_again_by_hand_and_a_disk_that_grows() -> Result<()> 
     );
     ensure!(after(&console, "waits ")? == "40960", "{console}");
     ensure!(after(&console, "grown ")? == "49152", "{console}");
-    let (raw, sum) = judged(folder)?;
-    ensure!(
-        after(&console, "sum ")?.starts_with(&sum),
-        "qemu-img reads {sum}\n{console}"
-    );
+    let raw = judged(folder, &console)?;
     ensure!(
         raw.len() == 24 << 20 && raw.ends_with(b"end\n"),
         "{console}"

@@ -1,7 +1,8 @@
 //! fio in a guest: its own verification of disks whose backends are killed meanwhile.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use msb_testkit::msb::{disk_image, host, said, unfit};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::Guest;
+use crate::crash::backend;
 
 /// Writes both disks at random past the guest's cache and reads each block back soon after; gives
 /// the space back; and looks for what the guest's kernel had to say of it.
@@ -48,22 +50,6 @@ dmesg | grep -i "i/o error\|ext4.*error" && exit 1
 echo verified
 "#;
 
-/// The process that serves a disk now.
-fn server(guest: &Guest, image: &str) -> Result<Pid> {
-    let all = guest.msb.processes()?.into_iter();
-    let mut ours = all.filter(|(_, line)| line.contains("msb-blk") && line.contains(image));
-    let pid = ours.next_back().map(|(pid, _)| pid);
-    pid.and_then(Pid::from_raw)
-        .with_context(|| format!("nobody serves {image}"))
-}
-
-/// Kibibytes that a file takes on the host.
-fn taken(path: &Path) -> Result<u64> {
-    let text = host("du", ["-k", &path.display().to_string()])?;
-    let number = text.split_whitespace().next().context("du")?;
-    Ok(number.parse()?)
-}
-
 #[test]
 fn fio_verifies_disks_whose_backends_are_killed() -> Result<()> {
     if unfit(&["qemu"], "only QEMU connects to a backend again") {
@@ -97,10 +83,10 @@ fn fio_verifies_disks_whose_backends_are_killed() -> Result<()> {
         sleep(Duration::from_millis(1500));
         let image = ["load.raw", "load.qcow2"][round % 2];
         // When the guest has ended early, what it says below tells why.
-        let Ok(server) = server(&guest, image) else {
+        let Some(server) = backend(&guest.msb, image)?.last().copied() else {
             break;
         };
-        kill_process(server, Signal::KILL)?;
+        kill_process(Pid::from_raw(server).context("pid")?, Signal::KILL)?;
         killed += 1;
     }
     let rest = lines.map_while(Result::ok).collect::<Vec<_>>();
@@ -123,7 +109,7 @@ fn fio_verifies_disks_whose_backends_are_killed() -> Result<()> {
             host("e2fsck", ["-fn", &path])?;
         }
         // What fio wrote were 48 MiB on each; the journal and the tables stay.
-        let taken = taken(&image)?;
+        let taken = fs::metadata(&image)?.blocks() / 2;
         ensure!(taken < 24 << 10, "{format} keeps {taken} KiB");
         println!("{format}: {taken} KiB are left");
     }
