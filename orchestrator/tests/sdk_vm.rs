@@ -340,12 +340,15 @@ async fn commands(sb: &Sandbox) -> Result<()> {
     );
     // Signals, time, and what is left alone.
     let sleep = || ExecOptions::new("sleep").args(["600"]);
-    let slept = sb.exec_with(sleep())?;
-    slept.control().signal(libc::SIGTERM);
-    ensure!(
-        slept.output().await?.code() == 128 + libc::SIGTERM,
-        "not by the signal"
-    );
+    for _ in 0..8 {
+        let slept = sb.exec_with(sleep())?;
+        // It may not even have a process group of its own yet.
+        slept.control().signal(libc::SIGTERM);
+        ensure!(
+            slept.output().await?.code() == 128 + libc::SIGTERM,
+            "not by the signal"
+        );
+    }
     let late = sb.exec_with(sleep().timeout(Duration::from_millis(300)))?;
     let late = refusal(late.output().await)?;
     ensure!(late.kind() == ErrorKind::ExecTimeout, "{late}");

@@ -129,7 +129,8 @@ fn emulate(msb: &Msb, script: &str) -> Result<String> {
     let image = kernel().join("vmlinuz");
     let line = format!(
         "console=ttyS0 quiet panic=-1 root=host rootfstype=virtiofs ro init={} \
-         no_timer_check cryptomgr.notests random.trust_cpu=on initcall_blacklist=jent_mod_init",
+         no_timer_check cryptomgr.notests random.trust_cpu=on initcall_blacklist=jent_mod_init \
+         transparent_hugepage=never",
         init.display()
     );
     let waited = wait_for(&folder.join("fs"));

@@ -100,8 +100,9 @@ impl Server {
     fn serve(&mut self) -> Result<(), PortError> {
         loop {
             let no_children = self.reap();
-            self.conclude();
+            // One time for all: a deadline between two looks at the clock would be slept through.
             let now = Instant::now();
+            self.conclude(now);
             if self
                 .shutdown
                 .as_mut()
@@ -109,20 +110,20 @@ impl Server {
             {
                 return Ok(());
             }
-            match self.turn() {
+            match self.turn(now) {
                 Err(PortError::HungUp) => self.lose_host()?,
                 result => result?,
             }
         }
     }
 
-    /// One round: waits for events and deals with them.
-    fn turn(&mut self) -> Result<(), PortError> {
+    /// One round: waits for events and deals with them. What was due at `now` has been dealt with.
+    fn turn(&mut self, now: Instant) -> Result<(), PortError> {
         if self.connected {
             self.port.write()?;
             self.choose_events()?;
         }
-        for event in wait_events(&self.outer, self.patience())? {
+        for event in wait_events(&self.outer, self.patience(now))? {
             match event.data.u64() {
                 PORT => self.hear(event.flags)?,
                 // Every round reaps; reading only silences the descriptor.
@@ -154,10 +155,9 @@ impl Server {
         )
     }
 
-    /// How long nothing may happen: until the first deadline.
-    fn patience(&self) -> Option<Duration> {
+    /// How long nothing may happen after `now`: until the first deadline.
+    fn patience(&self, now: Instant) -> Option<Duration> {
         // A deadline that has passed is waiting for something else, and must not be spun on.
-        let now = Instant::now();
         let commands = self.commands.values().filter_map(Command::deadline);
         let next = commands.filter(|&deadline| deadline > now);
         let next = next
@@ -387,8 +387,7 @@ impl Server {
     }
 
     /// Tells the host of the commands that have ended.
-    fn conclude(&mut self) {
-        let now = Instant::now();
+    fn conclude(&mut self, now: Instant) {
         let outcome = |(&channel, command): (_, &Command)| Some((channel, command.outcome(now)?));
         let ended: Vec<_> = self.commands.iter().filter_map(outcome).collect();
         for (channel, status) in ended {

@@ -14,7 +14,7 @@ use msb_protocol::{Exec, ExitStatus, FromAgent, Kind, STDIN_WINDOW, WindowSize};
 use rustix::fs::{Mode, OFlags, fcntl_setfl, openat};
 use rustix::io::{Errno, ioctl_fionread, read, write};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Signal, WaitStatus, kill_process_group};
+use rustix::process::{Pid, Signal, WaitStatus, kill_process, kill_process_group};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -266,9 +266,12 @@ impl Command {
     pub(crate) fn signal(&self, signal: i32) -> Result<(), Errno> {
         let signal = Signal::from_named_raw(signal).ok_or(Errno::INVAL)?;
         if self.status.is_some() {
-            Ok(())
-        } else {
-            kill_process_group(self.pid, signal)
+            return Ok(());
+        }
+        match kill_process_group(self.pid, signal) {
+            // It has only just been forked and is in the agent's group still.
+            Err(Errno::SRCH) => kill_process(self.pid, signal),
+            result => result,
         }
     }
 
