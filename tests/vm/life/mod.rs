@@ -258,9 +258,12 @@ fn on_a_terminal(msb: &Msb, line: &str) -> Result<Said> {
     let command = msb.command(line.split(' '));
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    // In place of the shell that `script` starts: some would run it beside themselves, and what
+    // `timeout` makes a group of its own is stopped when it changes the terminal of another.
+    let line = format!("exec {}", words.join(" "));
     let mut shown = std::process::Command::new("script");
     shown
-        .args(["-qfec", &words.join(" "), "/dev/null"])
+        .args(["-qfec", &line, "/dev/null"])
         .current_dir(msb.path(""));
     for (name, value) in command.get_envs() {
         if let Some(value) = value {
