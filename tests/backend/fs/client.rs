@@ -46,6 +46,23 @@ impl Drop for Reaped {
     }
 }
 
+impl Reaped {
+    /// A line of /proc/PID/status of the process that serves, which in a jail is the child of the
+    /// one that was started.
+    pub(super) fn status(&self, name: &str) -> Result<String> {
+        let started = self.0.as_ref().context("no process")?.id();
+        let children = std::fs::read_to_string(format!("/proc/{started}/task/{started}/children"))?;
+        let serving = children.split_whitespace().next().context("no child")?;
+        let status = std::fs::read_to_string(format!("/proc/{serving}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        Ok(line
+            .context("no such line")?
+            .trim_start_matches(':')
+            .trim()
+            .to_owned())
+    }
+}
+
 /// What the tests look at of a file's attributes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Attr {

@@ -34,6 +34,20 @@ fn the_configuration_names_the_share_and_its_queues() -> Result<()> {
     Ok(())
 }
 
+/// The kernel stops whoever opens a file in a process of several threads for tens of milliseconds,
+/// each time that the table doubles.
+#[test]
+fn the_table_of_descriptors_need_not_grow_while_it_serves() -> Result<()> {
+    for (flags, least) in [(&[][..], 16_384), (&["--rlimit-nofile=200"], 200)] {
+        let folder = folder()?;
+        let mut server = Server::start(folder.path(), flags)?;
+        server.config(40)?;
+        let room: u64 = server.child.status("FDSize")?.parse()?;
+        ensure!(room >= least, "{flags:?}: room for {room}");
+    }
+    Ok(())
+}
+
 #[test]
 fn bad_names_are_refused_by_every_operation_and_touch_nothing() -> Result<()> {
     let folder = folder()?;
