@@ -33,7 +33,7 @@ mod vmlinux;
 pub mod vmm;
 pub mod volume;
 
-pub use builder::{MountBuilder, NamedVolumeBuilder, SandboxBuilder};
+pub use builder::{MountBuilder, NamedVolumeBuilder, OwnedVolumeBuilder, SandboxBuilder};
 pub use error::{Error, ErrorKind, MicrosandboxResult};
 pub use mend::mend;
 pub use msb_protocol::Resource;

@@ -4,8 +4,9 @@ use serde::Serialize;
 
 use crate::image::ImageStore;
 use crate::rundir::Home;
+use crate::rundir::tree::{self, Size};
 use crate::spec::{ImageSource, VolumeKind};
-use crate::volume::{self, Size};
+use crate::volume;
 use crate::{MicrosandboxResult, mend};
 
 /// One thing in the state folder.
@@ -51,7 +52,7 @@ pub struct Usage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UsageClass {
-    /// A sandbox: what it wrote to its root file system, and its logs.
+    /// A sandbox: what it wrote to its root file system, the volumes of its own, and its logs.
     Sandbox,
     /// A volume that is a directory.
     DirVolume,
@@ -97,7 +98,7 @@ pub fn usage(home: &Home) -> MicrosandboxResult<Vec<Usage>> {
             references.push(reference);
         }
         let (name, runs) = (dir.name().to_string(), dir.is_running());
-        let size = volume::measure(dir.path());
+        let size = tree::measure(dir.path());
         found.push(entry(UsageClass::Sandbox, name, runs, false, size));
     }
     let uses = volume::uses(home)?;
@@ -108,7 +109,7 @@ pub fn usage(home: &Home) -> MicrosandboxResult<Vec<Usage>> {
         };
         let users = uses.get(&name).map_or(&[][..], Vec::as_slice);
         let runs = users.iter().any(|user| user.running);
-        let size = volume::measure(&volume::folder(home, &name));
+        let size = tree::measure(&volume::folder(home, &name));
         found.push(entry(
             class,
             name.to_string(),
@@ -128,7 +129,7 @@ pub fn usage(home: &Home) -> MicrosandboxResult<Vec<Usage>> {
             [] => image.record.id.clone(),
             names => names.join(", "),
         };
-        let size = volume::measure(image.folder());
+        let size = tree::measure(image.folder());
         let needed = needed.contains(&image.record.id);
         found.push(entry(
             UsageClass::Image,
@@ -138,7 +139,7 @@ pub fn usage(home: &Home) -> MicrosandboxResult<Vec<Usage>> {
             size,
         ));
     }
-    let cache = volume::measure(&home.cache());
+    let cache = tree::measure(&home.cache());
     if cache != Size::default() {
         let name = "cache".to_owned();
         found.push(entry(UsageClass::Cache, name, false, false, cache));

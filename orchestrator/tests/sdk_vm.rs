@@ -385,6 +385,11 @@ async fn copies(sb: &Sandbox) -> Result<()> {
         bail!("{mounts:?}");
     };
     sb.unmount("/later", false).await?;
+    // One of its own, which a volume of another sandbox at the same place is not.
+    sb.mount("/own", |v| v.owned_with(|o| o.quota(8))).await?;
+    let seen = shell(sb, "echo x >/own/x; df -m /own | awk 'NR == 2 {print $2}'").await?;
+    ensure!(seen == "8\n", "{seen}");
+    sb.unmount("/own", false).await?;
     sb.add_mount(mount.clone()).await?;
     let seen = shell(sb, "df -m /later | awk 'NR == 2 {print $2}'").await?;
     ensure!(seen == "4\n", "{seen}");

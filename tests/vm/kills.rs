@@ -31,6 +31,10 @@ const CREATE: &[&str] = &[
     "cache:/cache",
     "--mount-named",
     "data:/data:kind=disk,size=8M",
+    "--mount-owned",
+    "/own",
+    "--mount-owned",
+    "/own/disk:kind=disk,size=4M",
 ];
 
 /// What is killed at once.

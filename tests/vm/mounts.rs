@@ -147,6 +147,55 @@ fn named_volumes_are_made_on_first_use_and_persist() -> Result<()> {
 }
 
 #[test]
+fn a_volume_of_its_own_lives_and_goes_with_its_sandbox() -> Result<()> {
+    let msb = Msb::new()?;
+    let owned = [
+        "/own:quota=8M,host-perms=mirror",
+        "/own/disk:kind=disk,size=16M,noexec",
+    ];
+    let create = ["create", "demo", "--name", "box", "--mount-owned", owned[0]];
+    ok(&msb.msb(create.into_iter().chain(["--mount-owned", owned[1]]))?)?;
+    let begun = msb.exec(
+        "box",
+        "set -e; echo one >/own/file; mkdir -p /own/shut/below; echo x >/own/shut/below/file
+         chmod 0 /own/shut/below /own/shut; echo two >/own/disk/file; df -m /own | awk 'NR == 2 {print $2}'
+         dd if=/dev/zero of=/own/large bs=1M count=16 2>&1 | grep -o 'No space.*'; rm /own/large
+         awk '$2 == \"/own/disk\" {print $3, $4 ~ /noexec/}' /proc/mounts",
+    )?;
+    assert_eq!(
+        begun.out, "8\nNo space left on device\next4 1\n",
+        "{begun:?}"
+    );
+    let shown = msb.msb(["inspect", "box"])?.out;
+    assert!(
+        shown.contains("/own → owned (rw)")
+            && shown.contains("/own/disk → owned disk (16 MiB) (rw,noexec)"),
+        "{shown}"
+    );
+    ok(&msb.msb(["restart", "box"])?)?;
+    let kept = msb.exec("box", "cat /own/file /own/disk/file; stat -c %a /own/shut")?;
+    assert_eq!(kept.out, "one\ntwo\n0\n", "{kept:?}");
+    // Another sandbox has another one at the same place.
+    let other = msb.run(
+        &["--mount-owned", "/own"],
+        "ls -A /own; echo x >/own/x; ls /own",
+    )?;
+    assert_eq!(other.out, "x\n", "{other:?}");
+    let folder = msb.home().join("sandboxes/box");
+    let ours = |name: &str| {
+        fs::read_dir(&folder).is_ok_and(|mut all| {
+            all.any(|entry| {
+                entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with(name))
+            })
+        })
+    };
+    assert!(ours("volume-own"), "it lies elsewhere");
+    ok(&msb.msb(["rm", "-f", "box"])?)?;
+    assert!(!folder.exists() && msb.msb(["volume", "ls", "-q"])?.out.is_empty());
+    Ok(())
+}
+
+#[test]
 fn disk_images_of_every_format_are_mounted() -> Result<()> {
     let msb = Msb::new()?;
     msb.write("content/greeting", "from the image\n")?;

@@ -54,11 +54,11 @@ fn volumes_are_mounted_and_unmounted_while_the_sandbox_runs() -> Result<()> {
 fn added(msb: &Msb) -> Result<()> {
     good(mount(
         msb,
-        "add box --mount-dir ./share:/srv/new/share:noexec --mount-file ./share/file:/etc/added:ro --mount-named data:/data:kind=disk,size=16M --tmpfs /scratch:8M",
+        "add box --mount-dir ./share:/srv/new/share:noexec --mount-file ./share/file:/etc/added:ro --mount-named data:/data:kind=disk,size=16M --mount-owned /mine --tmpfs /scratch:8M",
     )?)?;
     let wrote = good(msb.exec(
         "box",
-        "set -e; cat /srv/new/share/file /etc/added; echo guest >/srv/new/share/back; echo kept >/data/kept
+        "set -e; cat /srv/new/share/file /etc/added; echo guest >/srv/new/share/back; echo kept >/data/kept; echo own >/mine/kept
          ! echo x >/etc/added; grep -E ' (/srv/new/share|/etc/added|/data|/scratch) ' /proc/mounts | sort -k2 | cut -d' ' -f2,3,4",
     )?)?;
     ensure!(
@@ -87,7 +87,7 @@ fn kept(msb: &Msb) -> Result<()> {
     let shown = good(msb.msb(["inspect", "box"])?)?;
     let paths = good(mount(msb, "ls -q box")?)?.out;
     ensure!(
-        paths == "/first\n/data\n/etc/added\n/srv/new/share\n/scratch\n",
+        paths == "/first\n/data\n/mine\n/etc/added\n/srv/new/share\n/scratch\n",
         "{paths}"
     );
     for path in paths.lines() {
@@ -102,10 +102,10 @@ fn kept(msb: &Msb) -> Result<()> {
     good(msb.msb(["restart", "box"])?)?;
     let kept = good(msb.exec(
         "box",
-        "cat /data/kept /srv/new/share/back /etc/added; ls -d /scratch",
+        "cat /data/kept /mine/kept /srv/new/share/back /etc/added; ls -d /scratch",
     )?)?;
     ensure!(
-        kept.out == "kept\nguest\nfrom the host\n/scratch\n",
+        kept.out == "kept\nown\nguest\nfrom the host\n/scratch\n",
         "{kept:?}"
     );
 
@@ -116,7 +116,7 @@ fn removed(msb: &Msb, before: usize) -> Result<()> {
     // What was there from the start goes as well.
     good(mount(
         msb,
-        "rm box /data /etc/added /srv/new/share /scratch /first",
+        "rm box /data /etc/added /mine /srv/new/share /scratch /first",
     )?)?;
     let left = good(msb.exec(
         "box",
@@ -133,10 +133,19 @@ fn removed(msb: &Msb, before: usize) -> Result<()> {
     ensure!(backends(msb)? < before, "backends are left");
     // Its lock is free again.
     good(msb.run(&["--mount-named", "data:/data"], "cat /data/kept")?)?;
-    // And its place.
-    good(mount(msb, "add box --mount-named data:/data -q")?)?;
-    let again = good(msb.exec("box", "cat /data/kept")?)?;
-    ensure!(again.out == "kept\n", "{again:?}");
+    // And its place. What is the sandbox's own stays with it, as what it is.
+    good(mount(
+        msb,
+        "add box --mount-named data:/data --mount-owned /mine -q",
+    )?)?;
+    let again = good(msb.exec("box", "cat /data/kept /mine/kept")?)?;
+    ensure!(again.out == "kept\nown\n", "{again:?}");
+    good(mount(msb, "rm box /mine")?)?;
+    let other = mount(msb, "add box --mount-owned /mine:kind=disk,size=4M")?;
+    ensure!(
+        other.code == 1 && other.err.contains("of the other kind for `/mine`"),
+        "{other:?}"
+    );
     Ok(())
 }
 

@@ -4,8 +4,10 @@
 
 mod mount;
 mod named;
+mod owned;
 mod sandbox;
 
 pub use mount::MountBuilder;
 pub use named::NamedVolumeBuilder;
+pub use owned::OwnedVolumeBuilder;
 pub use sandbox::SandboxBuilder;

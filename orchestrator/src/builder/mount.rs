@@ -3,7 +3,7 @@
 use std::mem;
 use std::path::{Path, PathBuf};
 
-use super::NamedVolumeBuilder;
+use super::{NamedVolumeBuilder, OwnedVolumeBuilder};
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
 use crate::spec::{
     Access, CachePolicy, DiskImageFormat, GuestPath, HostPermissions, Mebibytes, MountSource,
@@ -51,6 +51,7 @@ pub struct MountBuilder {
 enum Source {
     Bind(PathBuf),
     Named(NamedVolumeBuilder),
+    Owned(OwnedVolumeBuilder),
     Disk(PathBuf),
     Tmpfs,
 }
@@ -124,6 +125,33 @@ impl MountBuilder {
     ) -> Self {
         let volume = NamedVolumeBuilder::new(name.into());
         self.sources.push(Source::Named(f(volume)));
+        self
+    }
+
+    /// Mounts a directory of the sandbox's own: made with it, kept over restarts, removed with it.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, spec::MountSource};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let spec = sb.volume("/var/lib/app", |v| v.owned()).build()?;
+    /// assert!(matches!(spec.mounts[0].source, MountSource::Owned { .. }));
+    /// # Ok::<(), microsandbox::Error>(())
+    /// ```
+    pub fn owned(self) -> Self {
+        self.owned_with(|volume| volume)
+    }
+
+    /// Mounts a volume of the sandbox's own, and says what it is.
+    ///
+    /// ```
+    /// # use microsandbox::{Sandbox, SizeExt};
+    /// let sb = Sandbox::builder("worker").image("python");
+    /// let sb = sb.volume("/var/lib/docker", |v| v.owned_with(|o| o.disk().size(20.gib())));
+    /// assert!(sb.build().is_ok());
+    /// ```
+    pub fn owned_with(mut self, f: impl FnOnce(OwnedVolumeBuilder) -> OwnedVolumeBuilder) -> Self {
+        let volume = f(OwnedVolumeBuilder::default());
+        self.sources.push(Source::Owned(volume));
         self
     }
 
@@ -368,13 +396,13 @@ impl MountBuilder {
             (None, _) => {
                 return Err(misused(
                     "no mount type set",
-                    "call bind, named, disk or tmpfs",
+                    "call bind, named, owned, disk or tmpfs",
                 ));
             }
             (Some(_), Some(_)) => {
                 return Err(misused(
                     "two mount types set",
-                    "call one of bind, named, disk, tmpfs",
+                    "call one of bind, named, owned, disk, tmpfs",
                 ));
             }
         };
@@ -390,6 +418,7 @@ impl MountBuilder {
                 share: self.share,
             },
             Source::Named(volume) => volume.build(self.share)?,
+            Source::Owned(volume) => volume.build(self.share),
             Source::Disk(path) => MountSource::Disk {
                 path: absolute(&path, cwd),
                 format: self.format,
@@ -415,7 +444,7 @@ impl MountBuilder {
     fn stray(&self, source: &Source) -> Option<(&'static str, &'static str)> {
         let disk = matches!(source, Source::Disk(_));
         let bind = matches!(source, Source::Bind(_));
-        let shared = bind || matches!(source, Source::Named(_));
+        let shared = bind || matches!(source, Source::Named(_) | Source::Owned(_));
         let options = ShareOptions {
             quota: None,
             ..self.share.clone()
@@ -440,7 +469,7 @@ impl MountBuilder {
                 options != ShareOptions::default(),
                 shared,
                 "options of shared directories",
-                "bind() and named()",
+                "bind(), named() and owned()",
             ),
         ];
         let stray = calls.into_iter().find(|(given, fits, ..)| *given && !fits);
@@ -511,6 +540,16 @@ mod tests {
             "n:/x:kind=disk,size=20G",
         );
         check(
+            |v| v.owned_with(|o| o.disk().size(20.gib())).readonly(),
+            MountFlag::Owned,
+            "/x:kind=disk,size=20G,ro",
+        );
+        check(
+            |v| v.owned().stat_virtualization(StatVirtualization::Relaxed),
+            MountFlag::Owned,
+            "/x:stat-virt=relaxed",
+        );
+        check(
             |v| v.named_with("n", |n| n.ensure_exists().quota(20.gib())),
             MountFlag::Named,
             "n:/x:kind=dir,quota=20G",
@@ -556,7 +595,7 @@ mod tests {
             ),
             (
                 build(|v| v.disk("/a").owner(0, 0)),
-                "options of shared directories without bind() and named()",
+                "options of shared directories without bind(), named() and owned()",
             ),
             (
                 build(|v| v.disk("/a").fstype("")),

@@ -120,7 +120,7 @@ impl HostFacts {
                         facts.volumes.insert(name.clone(), volume);
                     }
                 }
-                MountSource::Tmpfs { .. } => {}
+                MountSource::Owned { .. } | MountSource::Tmpfs { .. } => {}
             }
         }
         Ok(facts)

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use msb_protocol::GuestMount;
 
 use super::refusal::Refusal;
-use super::{BackendPlan, DevicePlan, Plan, VolumePlan, mounts, programs, vm};
+use super::{BackendPlan, DevicePlan, OwnedPlan, Plan, VolumePlan, mounts, programs, vm};
 use crate::host::HostFacts;
 use crate::spec::{
     MountSource, MountSpec, NamedVolumeMode, SandboxSpec, VmmKind, VolumeName, VolumeRequest,
@@ -19,6 +19,8 @@ pub struct Addition {
     pub mount: MountSpec,
     /// The volume that is looked up or made first.
     pub volume: Option<VolumePlan>,
+    /// Likewise, when it is one of the sandbox's own.
+    pub owned: Option<OwnedPlan>,
     /// The process that serves it; memory of the guest needs none.
     pub backend: Option<BackendPlan>,
     /// What the guest is told.
@@ -69,9 +71,12 @@ impl Plan {
         }
         let mut volumes = mounted.volumes.into_iter();
         let volume = volume.and_then(|name| volumes.rfind(|volume| volume.name == name));
+        let mut owned = mounted.owned.into_iter();
+        let owned = owned.find(|owned| owned.target == mount.target);
         Ok(Addition {
             mount,
             volume,
+            owned,
             backend,
             guest,
         })

@@ -21,8 +21,8 @@ pub use refusal::{HostGap, Refusal, SourceProblem};
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
 use crate::host::HostFacts;
 use crate::spec::{
-    Accel, CachePolicy, DiskImageFormat, HostPermissions, Mebibytes, NamedVolumeMode, SandboxName,
-    SandboxSpec, StatVirtualization, VmmKind, VolumeName, VolumeRequest,
+    Accel, CachePolicy, DiskImageFormat, GuestPath, HostPermissions, Mebibytes, NamedVolumeMode,
+    SandboxName, SandboxSpec, StatVirtualization, VmmKind, VolumeName, VolumeRequest,
 };
 
 /// Least memory that a guest boots with: with 64 MiB the kernel stops without a word, with 80 it
@@ -43,6 +43,9 @@ pub struct Plan {
     pub backends: Vec<BackendPlan>,
     /// Files that are made before the backends start.
     pub disks: Vec<DiskPlan>,
+    /// Volumes of the sandbox's own, made likewise.
+    #[serde(default)]
+    pub owned: Vec<OwnedPlan>,
     /// The virtual machine.
     pub vm: VmPlan,
     /// What the guest is told.
@@ -105,6 +108,7 @@ impl Plan {
             volumes: mounted.volumes,
             backends,
             disks: root.disks,
+            owned: mounted.owned,
             vm,
             guest: guest::plan(spec, root.guest, mounted.guest),
         })
@@ -248,6 +252,17 @@ pub struct DiskPlan {
     pub size_bytes: u64,
     /// Volume label.
     pub label: String,
+}
+
+/// A volume of a sandbox's own, which lies in the sandbox's folder; made when it is not there yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedPlan {
+    /// Its guest path.
+    pub target: GuestPath,
+    /// The directory, or the image of the disk.
+    pub path: PathBuf,
+    /// Capacity of a disk in bytes; a directory has none.
+    pub capacity_bytes: Option<u64>,
 }
 
 /// The virtual machine. Its devices are the plan's backends, in their order.

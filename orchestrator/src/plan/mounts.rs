@@ -7,7 +7,9 @@ use msb_protocol::{GuestMount, GuestSource, MountFlags, SecurityProfile};
 use sha2::{Digest, Sha256};
 
 use super::refusal::{Refusal, SourceProblem};
-use super::{BackendPlan, BlkPlan, DevicePlan, FsPlan, QuotaPlan, ShareSource, VolumePlan};
+use super::{
+    BackendPlan, BlkPlan, DevicePlan, FsPlan, OwnedPlan, QuotaPlan, ShareSource, VolumePlan,
+};
 use crate::host::{HostFacts, PathFacts, PathKind};
 use crate::spec::{
     Access, BindKind, DiskImageFormat, GuestPath, ImageSource, Mebibytes, MountSource, MountSpec,
@@ -24,6 +26,7 @@ pub(super) struct Mounted {
     pub(super) backends: Vec<BackendPlan>,
     pub(super) guest: Vec<GuestMount>,
     pub(super) volumes: Vec<VolumePlan>,
+    pub(super) owned: Vec<OwnedPlan>,
     /// A disk whose file system the guest has to find out, or one that was named.
     pub(super) disks: Vec<Option<String>>,
     /// Guest paths of file mounts.
@@ -162,6 +165,9 @@ impl Mounted {
                 request,
                 share,
             } => self.volume(mount, name, *mode, request, share, spec, facts)?,
+            MountSource::Owned { request, share } => {
+                self.owned(mount, request, share, spec, facts)?
+            }
             MountSource::Disk {
                 path,
                 format,
@@ -294,6 +300,48 @@ impl Mounted {
             Some("ext4".to_owned()),
             spec,
         )
+    }
+
+    /// A volume that lies in the sandbox's folder, and so goes with it.
+    fn owned(
+        &mut self,
+        mount: &MountSpec,
+        request: &VolumeRequest,
+        share: &ShareOptions,
+        spec: &SandboxSpec,
+        facts: &HostFacts,
+    ) -> Result<GuestSource, Refusal> {
+        let place = facts.home.join("sandboxes").join(spec.name.as_str());
+        let place = place.join(format!("volume-{}", device_id(&mount.target)));
+        // A disk without a size has been refused before.
+        let capacity_bytes = request.size.map(Mebibytes::bytes);
+        let path = match capacity_bytes {
+            Some(_) => place.with_extension("raw"),
+            None => place.clone(),
+        };
+        self.owned.push(OwnedPlan {
+            target: mount.target.clone(),
+            path: path.clone(),
+            capacity_bytes,
+        });
+        if capacity_bytes.is_none() {
+            let quota = request.quota.map(|quota| QuotaPlan {
+                bytes: quota.bytes(),
+                account: place.with_extension("quota"),
+            });
+            let guest = self.share(mount, ShareSource::Directory(path), share, quota, spec)?;
+            if let Some(BackendPlan {
+                device: DevicePlan::Fs(own),
+                ..
+            }) = self.backends.last_mut()
+            {
+                // Nobody else has it.
+                own.exclusive = share.cache.is_none();
+            }
+            return Ok(guest);
+        }
+        let (identity, fstype) = (DiskIdentity::Path(path.clone()), Some("ext4".to_owned()));
+        self.disk(mount, identity, path, DiskImageFormat::Raw, fstype, spec)
     }
 
     fn disk(

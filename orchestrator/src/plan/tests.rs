@@ -104,6 +104,7 @@ pub(super) fn mount(text: &str) -> MountSpec {
         "--mount-file" => MountFlag::File,
         "--mount-named" => MountFlag::Named,
         "--mount-disk" => MountFlag::Disk,
+        "--mount-owned" => MountFlag::Owned,
         _ => MountFlag::Tmpfs,
     };
     parse_mount(flag, value, Path::new("/h")).unwrap()
@@ -196,6 +197,25 @@ fn each_kind_of_volume_has_its_backend_and_its_mount() {
         volumes {"exists":false,"mode":"ensure-exists","name":"cache","request":{"kind":null,"labels":{},"quota":1024,"size":null}}
         volumes {"exists":false,"mode":"ensure-exists","name":"data","request":{"kind":"disk","labels":{},"quota":null,"size":64}}
     "#]].assert_eq(&lines(&plan));
+}
+
+#[test]
+fn what_is_the_sandboxs_own_lies_in_its_folder() {
+    let mut plan = planned(&[
+        "--mount-owned /own:quota=1M",
+        "--mount-owned /db:kind=disk,size=8M",
+        "--tmpfs /tmp",
+    ]);
+    plan.backends.drain(..2);
+    plan.disks.clear();
+    let lines = lines(&plan);
+    let own = |line: &&str| !line.trim_start().starts_with(['g', 'v', 'n']);
+    let lines: Vec<_> = lines.lines().filter(own).collect();
+    expect![[r#"
+        backends {"device":{"format":"raw","image":"/home/me/.microsandbox/sandboxes/box/volume-db_b084f664.raw","kind":"blk","queues":2,"read_only":false},"id":"db_b084f664","purpose":"/db"}
+        backends {"device":{"cache":null,"default_owner":[0,0],"exclusive":true,"host_permissions":"private","kind":"fs","owner":null,"queues":2,"quota":{"account":"/home/me/.microsandbox/sandboxes/box/volume-own_4840ee37.quota","bytes":1048576},"read_only":false,"source":{"kind":"directory","path":"/home/me/.microsandbox/sandboxes/box/volume-own_4840ee37"},"stat_virtualization":"strict"},"id":"own_4840ee37","purpose":"/own"}
+        owned {"capacity_bytes":8388608,"path":"/home/me/.microsandbox/sandboxes/box/volume-db_b084f664.raw","target":"/db"}
+        owned {"capacity_bytes":null,"path":"/home/me/.microsandbox/sandboxes/box/volume-own_4840ee37","target":"/own"}"#]].assert_eq(&lines.join("\n"));
 }
 
 #[test]

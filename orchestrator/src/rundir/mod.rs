@@ -8,6 +8,7 @@ mod file;
 mod log;
 mod sandbox;
 mod sweep;
+pub(crate) mod tree;
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;

@@ -15,6 +15,7 @@ use crate::spec::{SandboxName, SandboxSpec};
 use crate::{Error, ErrorKind, MicrosandboxResult};
 
 use super::file::{millis, read_json, sync_dir, write_json};
+use super::tree;
 
 /// The folder of one sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -271,7 +272,7 @@ impl SandboxDir {
         }
     }
 
-    /// Removes the sandbox with its root disk and logs.
+    /// Removes the sandbox with its root disk, the volumes of its own and logs.
     ///
     /// # Errors
     ///
@@ -294,7 +295,7 @@ impl SandboxDir {
         // Renamed first, so that no half-removed sandbox is ever listed.
         let doomed = self.path.with_file_name(doomed);
         std::fs::rename(&self.path, &doomed).map_err(cannot)?;
-        match std::fs::remove_dir_all(&doomed) {
+        match tree::remove_path(&doomed) {
             // Somebody who swept was faster.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
             removed => removed.map_err(cannot),

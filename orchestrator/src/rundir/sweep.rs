@@ -10,7 +10,7 @@ use std::path::Path;
 
 use rustix::fs::FlockOperation;
 
-use super::{Home, SandboxDir, short_hash};
+use super::{Home, SandboxDir, short_hash, tree};
 
 /// What names of drafts begin with, each in the folder where it is put together.
 pub(super) const DRAFT: &str = ".draft-";
@@ -59,7 +59,7 @@ fn names(folder: &Path) -> impl Iterator<Item = String> + use<> {
 fn remove_all(folder: &Path, prefix: &str) {
     for name in names(folder).filter(|name| name.starts_with(prefix)) {
         let path = folder.join(name);
-        let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+        let _ = tree::remove_path(&path);
     }
 }
 

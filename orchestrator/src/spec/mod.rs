@@ -188,6 +188,13 @@ pub enum MountSource {
         /// File system on it; found in the guest when absent.
         fstype: Option<String>,
     },
+    /// A volume of the sandbox's own: made with it, kept over restarts, removed with it.
+    Owned {
+        /// What it is; labels say nothing about it.
+        request: VolumeRequest,
+        /// How its files appear; only for a directory.
+        share: ShareOptions,
+    },
     /// Memory of the guest.
     Tmpfs {
         /// Size limit; half the guest's memory when absent.

@@ -34,6 +34,8 @@ pub enum MountFlag {
     Named,
     /// `--mount-disk`.
     Disk,
+    /// `--mount-owned`, whose form is `DEST[:OPTIONS]`.
+    Owned,
     /// `--tmpfs`, whose form is `DEST[:SIZE][:OPTIONS]`.
     Tmpfs,
 }
@@ -106,6 +108,7 @@ impl MountFlag {
     fn form(self) -> &'static str {
         match self {
             Self::Tmpfs => "DEST[:SIZE][:OPTIONS]",
+            Self::Owned => "DEST[:OPTIONS]",
             _ => "SOURCE:DEST[:OPTIONS]",
         }
     }
@@ -119,6 +122,7 @@ impl fmt::Display for MountFlag {
             Self::File => "--mount-file",
             Self::Named => "--mount-named",
             Self::Disk => "--mount-disk",
+            Self::Owned => "--mount-owned",
             Self::Tmpfs => "--tmpfs",
         })
     }
@@ -137,6 +141,9 @@ impl MountError {
         match &self.problem {
             MountProblem::Form(_) if self.flag == MountFlag::Tmpfs => {
                 Some("for example --tmpfs /scratch:64M:noexec".to_owned())
+            }
+            MountProblem::Form(_) if self.flag == MountFlag::Owned => {
+                Some("for example --mount-owned /data:kind=disk,size=1G".to_owned())
             }
             MountProblem::Form(_) | MountProblem::EmptySource => Some(format!(
                 "for example {} {}:/data:ro; the guest path begins with `/`",
@@ -188,6 +195,7 @@ impl From<MountError> for Error {
 pub fn parse_mount(flag: MountFlag, text: &str, cwd: &Path) -> Result<MountSpec, MountError> {
     let parsed = match flag {
         MountFlag::Tmpfs => parse_tmpfs(text),
+        MountFlag::Owned => parse_owned(text),
         _ => parse_with_source(flag, text, cwd),
     };
     parsed
@@ -223,9 +231,9 @@ fn parse_with_source(flag: MountFlag, text: &str, cwd: &Path) -> Result<MountSpe
             if is_host_path(source) || source.starts_with('~') || source.contains('/') {
                 return Err(MountProblem::PathAsName(source.to_owned()));
             }
-            named(target, source, Accepted::NAMED, block)
+            named(target, source, Accepted::MADE, block)
         }
-        MountFlag::Disk | MountFlag::Tmpfs => {
+        MountFlag::Disk | MountFlag::Owned | MountFlag::Tmpfs => {
             let mut options = Options::read(block, Accepted::DISK)?;
             let source = MountSource::Disk {
                 path: path(),
@@ -263,18 +271,39 @@ fn named(
 ) -> Result<MountSpec, MountProblem> {
     let name = VolumeName::try_from(name.to_owned()).map_err(MountProblem::Name)?;
     let mut options = Options::read(block, accepted)?;
-    let request = VolumeRequest {
-        kind: options.kind()?,
-        size: options.size("size")?,
-        quota: options.size("quota")?,
-        ..VolumeRequest::default()
-    };
+    let request = request(&mut options)?;
     let share = options.share()?;
     let source = MountSource::Named {
         name,
         mode: NamedVolumeMode::EnsureExists,
         request,
         share,
+    };
+    Ok(options.mount(target, source))
+}
+
+fn request(options: &mut Options<'_>) -> Result<VolumeRequest, OptionProblem> {
+    Ok(VolumeRequest {
+        kind: options.kind()?,
+        size: options.size("size")?,
+        quota: options.size("quota")?,
+        ..VolumeRequest::default()
+    })
+}
+
+fn parse_owned(text: &str) -> Result<MountSpec, MountProblem> {
+    let (dest, block) = text.split_once(':').unwrap_or((text, ""));
+    if block.starts_with('/') {
+        return Err(MountProblem::Form(MountFlag::Owned.form()));
+    }
+    if block.contains(':') {
+        return Err(MountProblem::SecondBlock);
+    }
+    let target = target(dest, |path, options| format!("{path}:{options}"))?;
+    let mut options = Options::read(block, Accepted::MADE)?;
+    let source = MountSource::Owned {
+        request: request(&mut options)?,
+        share: options.share()?,
     };
     Ok(options.mount(target, source))
 }

@@ -69,7 +69,8 @@ impl Accepted {
     /// A volume mounted with `-v`.
     pub(super) const NAME: Self =
         Self(&["stat-virt", "host-perms", "uid", "gid", "cache", "quota"]);
-    pub(super) const NAMED: Self = Self(&[
+    /// A volume that may be made as what its options say.
+    pub(super) const MADE: Self = Self(&[
         "stat-virt",
         "host-perms",
         "uid",
@@ -122,6 +123,9 @@ impl OptionProblem {
             }
             Self::NotHere("kind" | "size") if flag == MountFlag::Volume => {
                 Some("use --mount-named, which takes kind= and size=".to_owned())
+            }
+            Self::NotHere("kind") if flag == MountFlag::Tmpfs => {
+                Some("use --mount-owned, which takes kind=".to_owned())
             }
             Self::NotHere("format" | "fstype") => {
                 Some("use --mount-disk for a disk image".to_owned())

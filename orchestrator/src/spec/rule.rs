@@ -23,6 +23,9 @@ pub enum RuleError {
     /// A disk volume was given an option of directories.
     #[error("`{0}` is for directory volumes, this one is a disk")]
     NotForDisk(&'static str),
+    /// A disk that is made, and nobody says how large.
+    #[error("a disk volume of a sandbox's own needs a size")]
+    DiskNeedsSize,
     /// A disk of no size.
     #[error("a disk volume cannot have size 0")]
     EmptyDisk,
@@ -52,6 +55,7 @@ impl RuleError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::SizeNeedsDisk => Some("add kind=disk, or replace size= by quota="),
+            Self::DiskNeedsSize => Some("add a size, for example kind=disk,size=20G"),
             Self::OffWithMirror => Some("drop one of the two"),
             _ => None,
         }
@@ -81,6 +85,14 @@ impl MountSpec {
                 request.check()?;
                 if request.kind == Some(VolumeKind::Disk) {
                     share.check_disk()?;
+                }
+                share.check()
+            }
+            MountSource::Owned { request, share } => {
+                request.check()?;
+                if request.kind == Some(VolumeKind::Disk) {
+                    share.check_disk()?;
+                    request.size.ok_or(RuleError::DiskNeedsSize)?;
                 }
                 share.check()
             }

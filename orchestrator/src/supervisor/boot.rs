@@ -19,7 +19,7 @@ use crate::agent::{self, FrameReader, FrameSender};
 use crate::backend::{self, Jail};
 use crate::host::Programs;
 use crate::image::Image;
-use crate::plan::{BackendPlan, DevicePlan};
+use crate::plan::{BackendPlan, DevicePlan, OwnedPlan};
 use crate::spec::{Accel, VmmKind};
 use crate::vmm::{self, Machine, Plug};
 use crate::volume::{self, Prepared};
@@ -121,14 +121,7 @@ async fn start(
     };
     let programs = Programs::find();
     lock_image(sandbox, parts)?;
-    if !sandbox.plan.volumes.is_empty() || sandbox.plan.disks.iter().any(|d| !d.path.exists()) {
-        tell("making disks");
-    }
-    let name = sandbox.dir.name();
-    parts.volumes = Some(volume::prepare(&sandbox.home, name, &sandbox.plan.volumes)?);
-    for disk in sandbox.plan.disks.iter().filter(|disk| !disk.path.exists()) {
-        volume::make_ext4(&disk.path, disk.size_bytes, &disk.label)?;
-    }
+    make_disks(sandbox, parts, tell)?;
     sandbox.sockets.create()?;
     let control = listen(&sandbox.sockets.socket(SOCKET)?)?;
     parts.control = Some(tokio_listener(control)?);
@@ -186,6 +179,19 @@ async fn start(
         ))
     });
     link.map_err(|error| with_console(error, &sandbox.dir.console_log()))
+}
+
+/// Finds or makes what the sandbox keeps its files on.
+fn make_disks(sandbox: &Sandbox, parts: &mut Parts, tell: impl Fn(&str)) -> MicrosandboxResult<()> {
+    let (plan, name) = (&sandbox.plan, sandbox.dir.name());
+    let disks = || plan.disks.iter().filter(|disk| !disk.path.exists());
+    let is_missing = |own: &OwnedPlan| !own.path.exists();
+    if !plan.volumes.is_empty() || plan.owned.iter().any(is_missing) || disks().next().is_some() {
+        tell("making disks");
+    }
+    let prepared = volume::prepare(&sandbox.home, name, &plan.volumes, &plan.owned)?;
+    parts.volumes = Some(prepared);
+    disks().try_for_each(|disk| volume::make_ext4(&disk.path, disk.size_bytes, &disk.label))
 }
 
 /// Starts the backend of `plan` on `listener`.

@@ -171,7 +171,8 @@ impl Hub<'_> {
         self.changes.busy = true;
         tokio::spawn(async move {
             let wanted: Vec<_> = addition.volume.iter().cloned().collect();
-            let prepared = blocking(move || volume::prepare(&home, &name, &wanted)).await;
+            let owned: Vec<_> = addition.owned.iter().cloned().collect();
+            let prepared = blocking(move || volume::prepare(&home, &name, &wanted, &owned)).await;
             let _ = done.send(Done::Prepared(client, addition, prepared));
         });
         Ok(())
@@ -244,6 +245,7 @@ impl Hub<'_> {
         let Addition {
             mount,
             volume,
+            owned,
             backend: served,
             guest,
         } = *addition;
@@ -252,6 +254,7 @@ impl Hub<'_> {
         let known = |volume: &VolumePlan| plan.volumes.iter().any(|old| old.name == volume.name);
         let volume = volume.filter(|volume| !known(volume));
         plan.volumes.extend(volume);
+        plan.owned.extend(owned);
         let recorded = record(self.sandbox, |mounts| mounts.push(mount));
         prepared.keep(&self.sandbox.home);
         parts.need(backend);

@@ -8,9 +8,9 @@ use super::fit::fit;
 use super::fs::VolumeFsHandle;
 use super::record::{DISK_IMAGE, Record, folder};
 use super::users::{VolumeUse, sandboxes_using};
-use super::{blocking, store, tree};
+use super::{blocking, store};
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
-use crate::rundir::Home;
+use crate::rundir::{Home, tree};
 use crate::spec::{Mebibytes, NamedVolumeMode, VolumeKind, VolumeName, VolumeRequest};
 
 /// A named volume: storage that lives on its own and is mounted into sandboxes.

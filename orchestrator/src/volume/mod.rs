@@ -4,10 +4,10 @@ mod disk;
 mod fit;
 mod fs;
 mod handle;
+mod owned;
 mod record;
 mod root;
 mod store;
-mod tree;
 mod users;
 
 pub(crate) use disk::make_ext4;
@@ -22,7 +22,6 @@ pub(crate) use record::folder;
 pub(crate) use record::{DISK_IMAGE, QUOTA_ACCOUNTS};
 pub(crate) use store::mend;
 pub use store::{Prepared, prepare};
-pub(crate) use tree::{Size, measure};
 pub use users::{VolumeUse, uses};
 
 use crate::rundir::Home;

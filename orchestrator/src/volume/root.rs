@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
-use super::tree;
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
+use crate::rundir::tree;
 
 /// How often a path is looked up again that the guest changed meanwhile.
 const ATTEMPTS: usize = 64;

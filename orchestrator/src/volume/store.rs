@@ -16,14 +16,14 @@ use rustix::io::Errno;
 
 use super::disk::make_ext4;
 use super::fit::{VolumeProblem, fit};
+use super::owned;
 use super::record::{
     self, DISK_IMAGE, Phase, QUOTA_ACCOUNTS, Record, folder, record_path, records,
 };
-use super::tree;
 use super::users::{VolumeUse, sandboxes_using};
 use crate::error::{Error, ErrorKind, MicrosandboxResult};
-use crate::plan::VolumePlan;
-use crate::rundir::{Home, drafting, make_dir, millis, remove_drafts, sync_dir, write_json};
+use crate::plan::{OwnedPlan, VolumePlan};
+use crate::rundir::{Home, drafting, make_dir, millis, remove_drafts, sync_dir, tree, write_json};
 use crate::spec::{
     Mebibytes, MountSource, NamedVolumeMode, SandboxName, SandboxSpec, VolumeKind, VolumeName,
     VolumeRequest,
@@ -34,12 +34,14 @@ use crate::spec::{
 #[must_use = "roll it back when the sandbox is not made"]
 pub struct Prepared {
     made: Vec<Record>,
+    owned: Vec<OwnedPlan>,
 }
 
 /// The lock of one name, held until it is dropped.
 struct NameLock(#[expect(dead_code, reason = "closing it frees the lock")] File);
 
-/// Finds or makes the volumes of a plan, in the order of their names.
+/// Finds or makes the volumes of a plan, in the order of their names, then those of the sandbox's
+/// own.
 ///
 /// # Errors
 ///
@@ -48,6 +50,7 @@ pub fn prepare(
     home: &Home,
     sandbox: &SandboxName,
     volumes: &[VolumePlan],
+    owned: &[OwnedPlan],
 ) -> MicrosandboxResult<Prepared> {
     let mut prepared = Prepared::default();
     for volume in volumes {
@@ -57,6 +60,16 @@ pub fn prepare(
             Ok((_, false)) => {}
             Err(error) => {
                 prepared.roll_back(home);
+                return Err(error);
+            }
+        }
+    }
+    for volume in owned {
+        match owned::ensure(volume) {
+            Ok(true) => prepared.owned.push(volume.clone()),
+            Ok(false) => {}
+            Err(error) => {
+                prepared.take_back(home);
                 return Err(error);
             }
         }
@@ -82,6 +95,7 @@ impl Prepared {
 
     /// Removes what was made for a mount that a running sandbox did not get after all.
     pub(crate) fn take_back(self, home: &Home) {
+        self.owned.iter().for_each(owned::take_back);
         for made in self.made {
             let Ok(_lock) = lock(home, &made.name) else {
                 continue;
@@ -98,7 +112,7 @@ impl Prepared {
     }
 
     /// Removes what was made, unless somebody uses it by now. Call it after the sandbox that it
-    /// was made for has ended.
+    /// was made for has ended. What is the sandbox's own goes with it.
     pub fn roll_back(self, home: &Home) {
         for made in self.made {
             if let Ok(_lock) = lock(home, &made.name) {
@@ -543,7 +557,7 @@ mod tests {
             plan("old", NamedVolumeMode::EnsureExists),
         ];
         let sandbox = SandboxName::try_from("box".to_owned()).unwrap();
-        let prepared = prepare(home, &sandbox, &ensured).unwrap();
+        let prepared = prepare(home, &sandbox, &ensured, &[]).unwrap();
         assert_eq!(prepared.made().collect::<Vec<_>>(), [&name("new")]);
         prepared.roll_back(home);
         assert_eq!(names(home), ["old"]);
@@ -554,7 +568,7 @@ mod tests {
             plan("none", NamedVolumeMode::Existing),
         ];
         assert_eq!(
-            prepare(home, &sandbox, &failing).unwrap_err().kind(),
+            prepare(home, &sandbox, &failing, &[]).unwrap_err().kind(),
             ErrorKind::VolumeNotFound
         );
         assert_eq!(names(home), ["old"]);
@@ -573,7 +587,7 @@ mod tests {
         }];
         // Its maker is killed: nobody calls `roll_back`.
         let (dir, making) = home.create_sandbox(&spec).unwrap();
-        let made = || prepare(home, &spec.name, &plan).unwrap();
+        let made = || prepare(home, &spec.name, &plan, &[]).unwrap();
         drop(made().made);
         assert_eq!(names(home), ["new"], "it is still being made");
         drop(making);

@@ -97,6 +97,22 @@ const BAD: &[(&str, i32, &str)] = &[
         1,
         "mount option `fstype` is not valid here",
     ),
+    ("--mount-owned own:/x", 1, "not in the form DEST[:OPTIONS]"),
+    (
+        "--mount-owned /x:kind=disk",
+        1,
+        "a disk volume of a sandbox's own needs a size",
+    ),
+    (
+        "--mount-owned /x:fstype=ext4",
+        1,
+        "mount option `fstype` is not valid here",
+    ),
+    (
+        "--mount-owned /x --tmpfs /x",
+        1,
+        "two volumes cannot be mounted at the same guest path `/x`",
+    ),
     (
         "--mount-disk disk.raw:/x:stat-virt=off",
         1,

@@ -3,7 +3,7 @@
 use super::*;
 use crate::spec::{DiskImageFormat, HostPermissions, ShareOptions, StatVirtualization, VolumeKind};
 
-use MountFlag::{Dir, Disk, File, Named, Tmpfs, Volume};
+use MountFlag::{Dir, Disk, File, Named, Owned, Tmpfs, Volume};
 
 fn parse(flag: MountFlag, text: &str) -> Result<MountSpec, MountError> {
     parse_mount(flag, text, Path::new("/w"))
@@ -124,6 +124,30 @@ fn volumes_carry_what_is_asked_of_them() {
         (dir.kind, dir.quota),
         (Some(VolumeKind::Directory), Some(Mebibytes(5)))
     );
+}
+
+#[test]
+fn a_volume_of_its_own_has_no_name() {
+    let mount = parse(Owned, "/x:kind=disk,size=1G,ro").unwrap();
+    let MountSource::Owned { request, share } = &mount.source else {
+        panic!("{mount:?}");
+    };
+    assert_eq!(
+        (request.kind, request.size, mount.access),
+        (
+            Some(VolumeKind::Disk),
+            Some(Mebibytes(1024)),
+            Access::ReadOnly
+        )
+    );
+    assert_eq!(*share, ShareOptions::default());
+    let mount = parse(Owned, "/x").unwrap();
+    assert!(matches!(mount.source, MountSource::Owned { request, .. }
+        if request == VolumeRequest::default()));
+    assert!(parse(Owned, "/x:quota=5,stat-virt=relaxed,uid=1,gid=1").is_ok());
+    let named = problem(Owned, "cache:/x");
+    assert!(matches!(named, MountProblem::Form(_)), "{named:?}");
+    assert_eq!(problem(Owned, "/x:ro:noexec"), MountProblem::SecondBlock);
 }
 
 #[test]
@@ -257,6 +281,19 @@ fn mistakes_in_options_are_told_apart() {
 fn options_that_exclude_each_other_are_refused() {
     for (flag, text, wanted) in [
         (Named, "n:/x:size=5", RuleError::SizeNeedsDisk),
+        (Owned, "/x:size=5", RuleError::SizeNeedsDisk),
+        (Owned, "/x:kind=disk", RuleError::DiskNeedsSize),
+        (Owned, "/x:kind=disk,size=0", RuleError::EmptyDisk),
+        (
+            Owned,
+            "/x:kind=disk,size=5,quota=5",
+            RuleError::NotForDisk("quota"),
+        ),
+        (
+            Owned,
+            "/x:kind=disk,size=5,stat-virt=strict",
+            RuleError::NotForDisk("stat-virt"),
+        ),
         (Named, "n:/x:kind=dir,size=5", RuleError::SizeNeedsDisk),
         (Named, "n:/x:kind=disk,size=0", RuleError::EmptyDisk),
         (

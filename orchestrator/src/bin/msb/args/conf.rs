@@ -64,6 +64,7 @@ struct Parts {
     named: Option<String>,
     disk: Option<String>,
     tmpfs: Option<Tmpfs>,
+    owned: Option<Owned>,
     #[serde(default)]
     readonly: bool,
     #[serde(default)]
@@ -82,6 +83,14 @@ struct Parts {
     quota: Option<Size>,
     format: Option<DiskImageFormat>,
     fstype: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Owned {
+    kind: Option<VolumeKind>,
+    size: Option<Size>,
+    quota: Option<Size>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -177,6 +186,22 @@ impl Parts {
             if let Some(Size(size)) = tmpfs.size {
                 v = v.size(size);
             }
+        }
+        if let Some(owned) = &self.owned {
+            v = v.owned_with(|mut o| {
+                o = match owned.kind {
+                    Some(VolumeKind::Disk) => o.disk(),
+                    Some(VolumeKind::Directory) => o.directory(),
+                    None => o,
+                };
+                if let Some(Size(size)) = owned.size {
+                    o = o.size(size);
+                }
+                if let Some(Size(quota)) = owned.quota {
+                    o = o.quota(quota);
+                }
+                o
+            });
         }
         if let Some(name) = &self.named {
             v = v.named_with(name, |mut n| {
@@ -307,6 +332,8 @@ mod tests {
   - { bind: ./data, target: /data, noexec: true, stat_virtualization: relaxed }
   - { named: cache, target: /cache, create: ensure-exists, kind: disk, size: 20G }
   - { tmpfs: { size: 64 }, target: /scratch, nodev: true }
+  - { owned: {}, target: /own }
+  - { owned: { kind: disk, size: 1G }, target: /own/disk }
   - { disk: d.img, target: /disk, format: qcow2, fstype: ext4, readonly: true }
 ",
         )
@@ -318,6 +345,8 @@ mod tests {
                 flag(MountFlag::Volume, "./data:/data:noexec,stat-virt=relaxed"),
                 flag(MountFlag::Named, "cache:/cache:kind=disk,size=20G"),
                 flag(MountFlag::Tmpfs, "/scratch:64:nodev"),
+                flag(MountFlag::Owned, "/own"),
+                flag(MountFlag::Owned, "/own/disk:kind=disk,size=1G"),
                 flag(MountFlag::Disk, "d.img:/disk:format=qcow2,fstype=ext4,ro"),
             ]
         );
@@ -348,6 +377,10 @@ mod tests {
             (
                 "mounts: [{ bind: a, target: x }]",
                 "guest path `x` is not absolute",
+            ),
+            (
+                "mounts: [{ owned: { kind: disk }, target: /x }]",
+                "needs a size",
             ),
             ("volumes: []", "unknown field `volumes`"),
             ("mounts: [5]", "`host:/guest[:options]`"),

@@ -78,6 +78,9 @@ pub(crate) struct MountFlags {
     /// Named volume, made when missing; kind=disk,size=SIZE makes it a disk
     #[arg(long, value_name = "NAME:DEST[:OPTIONS]")]
     pub(crate) mount_named: Vec<String>,
+    /// Volume of the sandbox's own, removed with it; kind=disk,size=SIZE makes it a disk
+    #[arg(long, value_name = "DEST[:OPTIONS]")]
+    pub(crate) mount_owned: Vec<String>,
     /// Disk image: format=raw|qcow2|vmdk, fstype=TYPE
     #[arg(long, value_name = "IMAGE:DEST[:OPTIONS]")]
     pub(crate) mount_disk: Vec<String>,
@@ -451,6 +454,7 @@ impl MountFlags {
             (MountFlag::Dir, &self.mount_dir),
             (MountFlag::File, &self.mount_file),
             (MountFlag::Named, &self.mount_named),
+            (MountFlag::Owned, &self.mount_owned),
             (MountFlag::Disk, &self.mount_disk),
             (MountFlag::Tmpfs, &self.tmpfs),
         ];

@@ -313,6 +313,13 @@ pub(crate) fn mount_line(mount: &MountSpec) -> String {
     let (source, share) = match &mount.source {
         MountSource::Bind { path, share, .. } => (path.display().to_string(), Some(share)),
         MountSource::Named { name, share, .. } => (format!("volume:{name}"), Some(share)),
+        MountSource::Owned { request, share } => (
+            match request.size {
+                Some(size) => format!("owned disk ({size})"),
+                None => "owned".to_owned(),
+            },
+            Some(share),
+        ),
         MountSource::Disk { path, .. } => (format!("disk:{}", path.display()), None),
         MountSource::Tmpfs { size: Some(size) } => (format!("tmpfs ({size})"), None),
         MountSource::Tmpfs { size: None } => ("tmpfs".to_owned(), None),

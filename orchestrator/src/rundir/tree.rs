@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -33,6 +35,16 @@ pub(crate) fn remove(parent: BorrowedFd<'_>, name: &CStr) -> Result<()> {
         rustix::fs::unlinkat(top.as_fd(), &next, AtFlags::REMOVEDIR)?;
     }
     rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
+}
+
+/// Removes what is at `path`, as [`remove`] does.
+pub(crate) fn remove_path(path: &Path) -> io::Result<()> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let folder = fs::File::open(folder)?;
+    let name = CString::new(name.as_bytes())?;
+    remove(folder.as_fd(), &name).map_err(io::Error::from)
 }
 
 /// Removes what is in `dir`. Directories that are not empty go to `top`, or stay when `dir` is it,
