@@ -113,6 +113,10 @@ fn a_backend_that_dies_again_and_again_ends_the_run() -> Result<()> {
 
 #[test]
 fn a_guest_that_dies_has_its_last_words_told() -> Result<()> {
+    let kernels = ["qemu", "cloud-hypervisor"];
+    if unfit(&kernels, "its kernel dies of nothing that can be written") {
+        return Ok(());
+    }
     let msb = Msb::new()?;
     let said = msb.run(&[], "echo c >/proc/sysrq-trigger; sleep 60")?;
     ensure!(
