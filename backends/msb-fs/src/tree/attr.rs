@@ -39,7 +39,7 @@ impl Tree {
     /// The attributes of a node without descriptor, by way of its name.
     fn attr_by_name(&self, id: u64, cold: &Cold) -> Result<Attr> {
         let place = cold.facts.place.as_ref().ok_or(Errno::STALE)?;
-        if let Some(parent) = self.nodes.kept_live(place.parent)
+        if let Some(parent) = self.nodes.kept_live(place.parent())
             && let Ok(stat) = sys::stat_in(&parent.file, place.name())
             && cold.is(&stat)
         {
@@ -173,7 +173,7 @@ impl Tree {
         let Some(place) = node.facts(|facts| facts.place.clone()) else {
             return false;
         };
-        let Ok(parent) = self.directory(place.parent) else {
+        let Ok(parent) = self.directory(place.parent()) else {
             return false;
         };
         // Where it was last seen: it may have been moved since.

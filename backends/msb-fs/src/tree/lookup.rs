@@ -184,7 +184,7 @@ impl Tree {
         let mut chain = vec![(id, cold)];
         let mut dir = loop {
             let above = chain.last().and_then(|(_, cold)| cold.facts.place.as_ref());
-            let above = above.ok_or(Errno::STALE)?.parent;
+            let above = above.ok_or(Errno::STALE)?.parent();
             match self.nodes.kept(above).ok_or(Errno::STALE)? {
                 Found::Live(node) => break node,
                 Found::Cold(_) if chain.len() >= DEPTH => return Err(Errno::STALE),
@@ -249,9 +249,9 @@ impl Tree {
             let Some(place) = node.facts(|facts| facts.place.clone()) else {
                 continue;
             };
-            let parent = match self.nodes.kept(place.parent) {
+            let parent = match self.nodes.kept(place.parent()) {
                 Some(Found::Live(parent)) => parent,
-                Some(Found::Cold(cold)) => match self.climb(place.parent, cold) {
+                Some(Found::Cold(cold)) => match self.climb(place.parent(), cold) {
                     Ok(parent) => parent,
                     Err(_) => continue,
                 },

@@ -54,7 +54,7 @@ impl Entry {
     fn key(&self) -> Option<Key> {
         match &self.body {
             Body::Live(node) => Some(node.key),
-            Body::Cold(cold) => Some(cold.key),
+            Body::Cold(cold) => Some(cold.key()),
             Body::Gone => None,
         }
     }
@@ -69,9 +69,24 @@ pub(crate) enum Found {
 /// Where in the slab an inode is; the hash is kept so that growing asks no slot.
 #[derive(Clone, Copy)]
 struct Item {
-    hash: u64,
-    id: u64,
+    hash: u32,
+    index: u32,
 }
+
+impl Item {
+    fn new(hash: u32, id: u64) -> Result<Self> {
+        let index = slab::index(id).ok_or(Errno::STALE)?;
+        Ok(Self { hash, index })
+    }
+}
+
+/// The hash as the index wants it: it takes its own bits from both ends.
+fn spread(hash: u32) -> u64 {
+    u64::from(hash).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// A million entries are no rare thing.
+const _: () = assert!(slab::slot_size::<Entry>() <= 120 && size_of::<Item>() == 8);
 
 /// All nodes.
 pub(crate) struct NodeTable {
@@ -160,7 +175,11 @@ impl NodeTable {
         self.unpin(above);
         let found = found?;
         if let Found::Cold(cold) = &found
-            && let Some(old) = cold.facts.place.as_ref().filter(|old| old.parent != parent)
+            && let Some(old) = cold
+                .facts
+                .place
+                .as_ref()
+                .filter(|old| old.parent() != parent)
         {
             self.move_cold(id, old, (parent, name));
         }
@@ -204,7 +223,7 @@ impl NodeTable {
             entry.lookups = entry.lookups.saturating_add(1);
             let warm = self.warm(id, entry, stat, file, access);
             if let Some(place) = &place {
-                entry.move_to(place.parent, place.name());
+                entry.move_to(place.parent(), place.name());
             }
             Ok(warm)
         });
@@ -225,7 +244,7 @@ impl NodeTable {
     fn add_live(
         &self,
         shard: &mut HashTable<Item>,
-        hash: u64,
+        hash: u32,
         (stat, file, access, place): (&Stat, OwnedFd, Access, Option<Place>),
     ) -> Result<(Arc<Node>, Option<OwnedFd>)> {
         let mut made = None;
@@ -240,14 +259,14 @@ impl NodeTable {
             }
         });
         let id = id.map_err(|_| Errno::NFILE)?;
-        shard.insert_unique(hash, Item { hash, id }, |item| item.hash);
+        shard.insert_unique(spread(hash), Item::new(hash, id)?, |item| spread(item.hash));
         self.live.fetch_add(1, Ordering::Relaxed);
         Ok((made.ok_or(Errno::STALE)?, None))
     }
 
     /// Adds an inode that only its name is known of, and that [`NodeTable::find`] did not know.
     pub(crate) fn insert_cold(&self, stat: &Stat, cold: Cold) -> Result<u64> {
-        let parent = cold.facts.place.as_ref().ok_or(Errno::STALE)?.parent;
+        let parent = cold.facts.place.as_ref().ok_or(Errno::STALE)?.parent();
         if !self.pin(parent) {
             return Err(Errno::STALE);
         }
@@ -285,7 +304,7 @@ impl NodeTable {
             body: Body::Cold(cold),
         });
         let id = id.map_err(|_| Errno::NFILE)?;
-        shard.insert_unique(hash, Item { hash, id }, |item| item.hash);
+        shard.insert_unique(spread(hash), Item::new(hash, id)?, |item| spread(item.hash));
         self.cold.fetch_add(1, Ordering::Relaxed);
         spare[0] = None;
         Ok(id)
@@ -392,26 +411,33 @@ impl NodeTable {
         None
     }
 
-    fn hash(&self, key: Key) -> u64 {
-        self.hasher.hash_one(key)
+    fn hash(&self, key: Key) -> u32 {
+        let [a, b, c, d, ..] = self.hasher.hash_one(key).to_be_bytes();
+        u32::from_be_bytes([a, b, c, d])
     }
 
-    fn shard(&self, hash: u64) -> MutexGuard<'_, HashTable<Item>> {
-        // The table takes its own bits from both ends of the hash.
-        let [.., middle, _, _, _] = hash.to_be_bytes();
-        lock(&self.index[usize::from(middle) % SHARDS])
+    fn shard(&self, hash: u32) -> MutexGuard<'_, HashTable<Item>> {
+        // The lower bits choose the place in the table.
+        let [highest, ..] = hash.to_be_bytes();
+        lock(&self.index[usize::from(highest) % SHARDS])
     }
 
-    fn search(&self, shard: &HashTable<Item>, hash: u64, key: Key) -> Option<u64> {
+    fn search(&self, shard: &HashTable<Item>, hash: u32, key: Key) -> Option<u64> {
+        let mut found = None;
         let same = |item: &Item| {
-            item.hash == hash
-                && self.slab.get(item.id, |entry| entry.key() == Some(key)) == Some(true)
+            let is = |id, entry: &mut Entry| (entry.key() == Some(key)).then_some(id);
+            found = (item.hash == hash)
+                .then(|| self.slab.at(item.index, is)?)
+                .flatten();
+            found.is_some()
         };
-        shard.find(hash, same).map(|item| item.id)
+        shard.find(spread(hash), same)?;
+        found
     }
 
-    fn drop_item(&self, shard: &mut HashTable<Item>, hash: u64, id: u64) {
-        if let Ok(found) = shard.find_entry(hash, |item| item.id == id) {
+    fn drop_item(&self, shard: &mut HashTable<Item>, hash: u32, id: u64) {
+        let same = |item: &Item| slab::index(id) == Some(item.index);
+        if let Ok(found) = shard.find_entry(spread(hash), same) {
             found.remove();
         }
     }

@@ -1,6 +1,7 @@
 //! One node: an inode of the host that the guest knows, with or without a descriptor.
 
 use std::ffi::CStr;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -34,7 +35,8 @@ pub(crate) enum Access {
 /// Where an inode was last seen: a name in the directory that is another node.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Place {
-    pub(crate) parent: u64,
+    /// Zero is no node, which tells a place from none in no more room.
+    parent: NonZeroU64,
     /// With the final zero byte.
     name: SmallVec<[u8; 16]>,
 }
@@ -42,9 +44,13 @@ pub(crate) struct Place {
 impl Place {
     pub(crate) fn new(parent: u64, name: &CStr) -> Self {
         Self {
-            parent,
+            parent: NonZeroU64::new(parent).unwrap_or(NonZeroU64::MAX),
             name: SmallVec::from_slice(name.to_bytes_with_nul()),
         }
+    }
+
+    pub(crate) fn parent(&self) -> u64 {
+        self.parent.get()
     }
 
     pub(crate) fn name(&self) -> &CStr {
@@ -52,52 +58,63 @@ impl Place {
     }
 
     pub(crate) fn is(&self, parent: u64, name: &CStr) -> bool {
-        self.parent == parent && self.name.as_slice() == name.to_bytes_with_nul()
+        self.parent() == parent && self.name.as_slice() == name.to_bytes_with_nul()
     }
 }
 
-/// What is remembered of an inode beside its identity.
+/// A time that nothing has: it lies too far back to be told from a young one.
+const NEVER: i64 = i64::MIN;
+
+/// An override without a type, which none has: that there is none.
+const NO_OVERRIDE: Override = Override {
+    uid: 0,
+    gid: 0,
+    mode: 0,
+    rdev: 0,
+};
+
+/// What is remembered of an inode beside its identity. There may be a million: it holds no room
+/// for what is not known.
 #[derive(Clone)]
 pub(crate) struct Facts {
     pub(crate) place: Option<Place>,
-    /// The override, or that there is none, as of the change time beside it.
-    view: Option<Option<Override>>,
+    /// The override, or [`NO_OVERRIDE`], as of the change time beside it.
+    view: Override,
+    /// [`NEVER`] when the override is not known.
     view_at: i64,
-    /// Change time of the content that the guest may still have in its cache.
-    seen: Option<i64>,
+    /// Change time of the content that the guest may still have in its cache, or [`NEVER`].
+    seen: i64,
 }
 
 impl Facts {
     pub(crate) fn new(place: Option<Place>) -> Self {
         Self {
             place,
-            view: None,
-            view_at: 0,
-            seen: None,
+            view: NO_OVERRIDE,
+            view_at: NEVER,
+            seen: NEVER,
         }
     }
 
     /// The override of an inode whose attributes are now `stat`, when it is known to be the same
     /// as when it was read: whatever changes it also changes the change time.
     pub(crate) fn view(&self, stat: &Stat) -> Option<Option<Override>> {
-        self.view.filter(|_| stat.changed() == Some(self.view_at))
+        let known = self.view_at != NEVER && stat.changed() == Some(self.view_at);
+        known.then(|| (self.view != NO_OVERRIDE).then_some(self.view))
     }
 
     /// Remembers what was read after `stat`.
     pub(crate) fn remember(&mut self, stat: &Stat, found: Option<Override>) {
-        self.view = None;
-        if let Some(at) = settled(stat, now()) {
-            self.view = Some(found);
-            self.view_at = at;
-        }
+        self.view = found.unwrap_or(NO_OVERRIDE);
+        self.view_at = settled(stat, now()).unwrap_or(NEVER);
     }
 
     /// Whether the content is what it was when this was last asked.
     pub(crate) fn unchanged(&mut self, stat: &Stat) -> bool {
         let changed = stat.changed();
-        let same = changed.is_some() && self.seen == changed;
+        let same = self.seen != NEVER && changed == Some(self.seen);
         if !same {
-            self.seen = settled(stat, now());
+            self.seen = settled(stat, now()).unwrap_or(NEVER);
         }
         same
     }
@@ -142,30 +159,42 @@ pub(crate) fn is_grown(stat: &Stat) -> bool {
 /// A node without a descriptor; it is reached by its name.
 #[derive(Clone)]
 pub(crate) struct Cold {
-    pub(crate) key: Key,
+    ino: u64,
+    /// All of a device number that Linux has: twelve bits and twenty.
+    dev: u32,
     pub(crate) kind: FileType,
     /// Time of birth, or where the file system keeps none the change time: the number of a removed
-    /// inode may be given to another one.
-    born: Option<i64>,
+    /// inode may be given to another one. [`NEVER`] when there is neither.
+    born: i64,
     pub(crate) facts: Facts,
 }
 
 impl Cold {
     pub(crate) fn new(stat: &Stat, place: Place) -> Self {
+        Self::with(key(stat), stat, Facts::new(Some(place)))
+    }
+
+    fn with((dev, ino): Key, stat: &Stat, facts: Facts) -> Self {
         Self {
-            key: key(stat),
+            ino,
+            // Were there larger ones, such a node would be found to be another one, and so be gone.
+            dev: u32::try_from(dev).unwrap_or(u32::MAX),
             kind: stat.kind(),
-            born: stat.born_or_changed(),
-            facts: Facts::new(Some(place)),
+            born: stat.born_or_changed().unwrap_or(NEVER),
+            facts,
         }
+    }
+
+    pub(crate) fn key(&self) -> Key {
+        (u64::from(self.dev), self.ino)
     }
 
     /// Whether `stat` describes the same inode.
     pub(crate) fn is(&self, stat: &Stat) -> bool {
-        self.key == key(stat)
+        self.key() == key(stat)
             && self.kind == stat.kind()
-            && self.born.is_some()
-            && self.born == stat.born_or_changed()
+            && self.born != NEVER
+            && Some(self.born) == stat.born_or_changed()
     }
 }
 
@@ -294,12 +323,8 @@ impl Node {
     pub(super) fn cold(&self, stat: &Stat) -> Option<Cold> {
         let facts = self.facts(|facts| facts.clone());
         facts.place.as_ref().filter(|_| is_grown(stat))?;
-        Some(Cold {
-            key: self.key,
-            kind: self.kind,
-            born: Some(stat.born_or_changed()?),
-            facts,
-        })
+        stat.born_or_changed()?;
+        Some(Cold::with(self.key, stat, facts))
     }
 }
 

@@ -17,7 +17,7 @@ impl Entry {
     /// The directory that this entry counts in, when it is cold.
     pub(super) fn above(&self) -> Option<u64> {
         match &self.body {
-            Body::Cold(cold) => cold.facts.place.as_ref().map(|place| place.parent),
+            Body::Cold(cold) => cold.facts.place.as_ref().map(|place| place.parent()),
             Body::Live(_) | Body::Gone => None,
         }
     }
@@ -106,7 +106,7 @@ impl NodeTable {
         let above = self.slab.get(id, |entry| match &mut entry.body {
             Body::Cold(cold) if cold.facts.place.as_ref() == Some(old) => {
                 cold.facts.place = Some(Place::new(parent, name));
-                old.parent
+                old.parent()
             }
             // Somebody else was faster, and knows better.
             _ => parent,
@@ -117,7 +117,7 @@ impl NodeTable {
     /// Takes the descriptor of `node`, which was just seen as `stat` at `place`. Not when anybody
     /// else uses it.
     pub(crate) fn spill(&self, node: &Arc<Node>, stat: &Stat, place: &Place) -> bool {
-        if !self.pin(place.parent) {
+        if !self.pin(place.parent()) {
             return false;
         }
         let spilled = self.slab.get(node.id, |entry| {
@@ -139,7 +139,7 @@ impl NodeTable {
             self.live.fetch_sub(1, Ordering::Relaxed);
             self.cold.fetch_add(1, Ordering::Relaxed);
         } else {
-            self.unpin(Some(place.parent));
+            self.unpin(Some(place.parent()));
         }
         done
     }

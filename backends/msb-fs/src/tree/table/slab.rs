@@ -90,6 +90,13 @@ impl<T> Slab<T> {
         self.lock(number)?.value.as_mut().map(look)
     }
 
+    /// The value in slot `index`, with its number, by way of `look`.
+    pub(crate) fn at<R>(&self, index: u32, look: impl FnOnce(u64, &mut T) -> R) -> Option<R> {
+        let mut slot = self.lock_index(index)?;
+        let number = number(index, slot.generation);
+        slot.value.as_mut().map(|value| look(number, value))
+    }
+
     /// Takes the value out of a locked slot and frees it. The value is the caller's to drop, once
     /// no lock is held.
     pub(crate) fn take(&self, number: u64, mut slot: MutexGuard<'_, Slot<T>>) -> Option<T> {
@@ -123,6 +130,16 @@ impl<T> Slab<T> {
         let chunk = self.chunks.get(index as usize / CHUNK)?.get()?;
         Some(lock(chunk.get(index as usize % CHUNK)?))
     }
+}
+
+/// The slot that `number` names.
+pub(crate) fn index(number: u64) -> Option<u32> {
+    parts(number).map(|(index, _)| index)
+}
+
+/// Bytes that a value takes.
+pub(crate) const fn slot_size<T>() -> usize {
+    size_of::<Mutex<Slot<T>>>()
 }
 
 fn number(index: u32, generation: u32) -> u64 {
