@@ -19,6 +19,8 @@ use crate::wire::reply::Listing;
 const READ_AHEAD: usize = 1 << 16;
 /// Buffers that are kept for the next listings.
 const SPARE: usize = 4;
+/// What the longest entry takes there.
+const LONGEST: usize = 280;
 
 /// Buffers for entries that no listing uses.
 #[derive(Default)]
@@ -211,6 +213,12 @@ impl Tree {
                 let Some(file) = &stream.file else {
                     return Err(Errno::BADF);
                 };
+                // A host that has left room has no more. Whether that is still so, it is asked when
+                // the guest asks again, as guests do until they are told of nothing.
+                let room = stream.buffer.len().saturating_sub(stream.filled);
+                if stream.filled > 0 && room >= LONGEST && !list.is_empty() {
+                    return Ok(());
+                }
                 // The end is only the end when the kernel says so again: entries may be added.
                 if stream.buffer.is_empty() {
                     stream.buffer = self.buffers.take();

@@ -197,12 +197,21 @@ impl Tree {
                 Errno::NOENT | Errno::NOTDIR | Errno::AGAIN => Errno::STALE,
                 error => error,
             };
-            let stat = sys::stat_in(&dir.file, place.name()).map_err(gone)?;
+            let (at, name, readonly) = (&dir.file, place.name(), self.rules.readonly);
+            let opened = if cold.kind == FileType::Directory {
+                // Opening what turns out to be anything else does nothing to it.
+                open_as(at, name, cold.kind, readonly)
+            } else {
+                let stat = sys::stat_in(at, name).map_err(gone)?;
+                if !cold.is(&stat) {
+                    return Err(Errno::STALE);
+                }
+                open_known(at, name, &stat, readonly)
+            };
+            let (file, stat, access) = opened.map_err(gone)?;
             if !cold.is(&stat) {
                 return Err(Errno::STALE);
             }
-            let opened = open_known(&dir.file, place.name(), &stat, self.rules.readonly);
-            let (file, stat, access) = opened.map_err(gone)?;
             dir = self
                 .nodes
                 .revive(id, &stat, file, access)
@@ -304,20 +313,34 @@ pub(super) fn moved(
     }
 }
 
-/// Opens `name`, which was seen to be what `stat` says: regular files and directories for reading
-/// where the server may, everything else as a mere place, so that no device or pipe is opened.
-/// EAGAIN when it is something else by now.
+/// Opens `name`, which was seen to be what `stat` says. EAGAIN when it is something else by now.
 pub(super) fn open_known(
     dir: &OwnedFd,
     name: &CStr,
     stat: &Stat,
     readonly: bool,
 ) -> Result<(OwnedFd, Stat, Access)> {
+    let opened = open_as(dir, name, stat.kind(), readonly)?;
+    if key(&opened.1) == key(stat) && opened.1.kind() == stat.kind() {
+        Ok(opened)
+    } else {
+        Err(Errno::AGAIN)
+    }
+}
+
+/// Opens `name`, which was seen to be of type `kind`: regular files and directories for reading
+/// where the server may, everything else as a mere place, so that no device or pipe is opened.
+/// EAGAIN when it is seen to be something else by now.
+fn open_as(
+    dir: &OwnedFd,
+    name: &CStr,
+    kind: FileType,
+    readonly: bool,
+) -> Result<(OwnedFd, Stat, Access)> {
     let raced = |error| match error {
         Errno::LOOP | Errno::NXIO | Errno::NOTDIR => Errno::AGAIN,
         error => error,
     };
-    let kind = stat.kind();
     let mut access = Access::Read;
     let file = match kind {
         FileType::RegularFile | FileType::Directory => {
@@ -345,9 +368,5 @@ pub(super) fn open_known(
         }
     };
     let found = sys::stat(file.as_fd())?;
-    if key(&found) == key(stat) && found.kind() == kind {
-        Ok((file, found, access))
-    } else {
-        Err(Errno::AGAIN)
-    }
+    Ok((file, found, access))
 }
