@@ -7,7 +7,8 @@ use clap::Parser;
 use msb_benches::disk::idle;
 use msb_benches::disk::image::Folders;
 use msb_benches::disk::peers::contenders;
-use msb_benches::disk::rows::{ROWS, Row};
+use msb_benches::disk::rows::Row;
+use msb_benches::disk::targets::ROWS;
 use msb_benches::harness::cli::Options;
 use msb_benches::harness::compare::in_turns;
 use msb_benches::harness::machine::prepare_machine;
@@ -37,18 +38,25 @@ fn main() -> Result<()> {
     let _prepared = prepare_machine();
     let named = |folder: &Path| tempfile::Builder::new().prefix("bench.").tempdir_in(folder);
     let (disk, memory) = (named(&options.scratch())?, named(Path::new("/dev/shm"))?);
-    let folders = Folders {
-        disk: disk.path().to_owned(),
-        memory: memory.path().to_owned(),
-    };
-    let mut lines = Vec::new();
+    let folders = Folders::new(disk.path(), memory.path());
+    let (mut lines, mut notes) = (Vec::new(), Vec::new());
     for row in &rows {
+        if let Some(reason) = row.wish.lacks() {
+            let note = format!(
+                "{} ({}) is NOT MEASURED: {reason}",
+                row.goals[0].id, row.name
+            );
+            eprintln!("  {note}");
+            notes.push(note);
+            continue;
+        }
         eprintln!("  {} {} ({})", row.goals[0].id, row.goals[0].what, row.name);
         let bare = row.bare(&folders)?;
         if let Some(cost) = bare {
             eprintln!("    the bare system call: {cost:.2} µs");
         }
-        let contenders = contenders(&options, row.wish, row.image)?;
+        notes.extend(row.note(&options, &folders)?);
+        let contenders = contenders(&options, row.wish, row.image, &folders.disk)?;
         let samples = in_turns(&contenders, options.rounds, |contender| {
             row.run(contender, &options, &folders)
         })?;
@@ -61,6 +69,9 @@ fn main() -> Result<()> {
     if idle {
         lines.extend(idle::lines(&options, &folders)?);
     }
-    println!("{}", markdown("msb-blk and qemu-storage-daemon", &lines));
+    println!("{}", markdown("msb-blk and its peers", &lines));
+    for note in notes {
+        println!("{note}.");
+    }
     Ok(())
 }

@@ -23,12 +23,7 @@ pub const ID: &str = "B18";
 ///
 /// When a server does not start.
 pub fn lines(options: &Options, folders: &Folders) -> Result<Vec<Line>> {
-    let wish = Wish {
-        queues: 1,
-        direct: false,
-        native: false,
-        itself: false,
-    };
+    let wish = Wish::PLAIN;
     let shape = Shape {
         queues: 1,
         size: 128,
@@ -37,7 +32,7 @@ pub fn lines(options: &Options, folders: &Folders) -> Result<Vec<Line>> {
         spin: false,
     };
     let image = folders.image(Image::Qcow2)?;
-    let mut contenders = contenders(options, wish, Image::Qcow2)?;
+    let mut contenders = contenders(options, wish, Image::Qcow2, &folders.disk)?;
     let (mut memory, mut wakes) = (Vec::new(), Vec::new());
     for contender in &contenders {
         let server = contender.start(&folders.disk, &image, false)?;

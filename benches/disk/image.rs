@@ -1,10 +1,13 @@
 //! The images that are served: filled in the same way for every server.
 
+use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+
+use super::slow::SlowDisk;
 
 /// What an image is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub enum Image {
     FreshMemory,
     /// A qcow2 image of 1 TiB with data at 64 Ki places that lie far apart.
     Huge,
+    /// A disk of its own whose reads take a millisecond.
+    Slow,
     /// A filled monolithicFlat VMDK.
     VmdkFlat,
     /// A filled monolithicSparse VMDK.
@@ -44,7 +49,7 @@ impl Image {
     /// Name of the format, as both servers call it.
     pub fn format(self) -> &'static str {
         match self {
-            Self::Raw | Self::RawSmall | Self::RawMemory | Self::RawAnew => "raw",
+            Self::Raw | Self::RawSmall | Self::RawMemory | Self::RawAnew | Self::Slow => "raw",
             Self::VmdkFlat | Self::VmdkSparse => "vmdk",
             _ => "qcow2",
         }
@@ -61,6 +66,7 @@ impl Image {
             Self::Fresh => "fresh.qcow2",
             Self::FreshMemory => "fresh-memory.qcow2",
             Self::Huge => "huge.qcow2",
+            Self::Slow => "slow.raw",
             Self::VmdkFlat => "flat.vmdk",
             Self::VmdkSparse => "sparse.vmdk",
         }
@@ -92,15 +98,32 @@ pub struct Folders {
     pub disk: PathBuf,
     /// On tmpfs.
     pub memory: PathBuf,
+    slow: OnceCell<SlowDisk>,
 }
 
 impl Folders {
+    /// A folder on the disk and one on tmpfs.
+    pub fn new(disk: &Path, memory: &Path) -> Self {
+        Self {
+            disk: disk.to_owned(),
+            memory: memory.to_owned(),
+            slow: OnceCell::new(),
+        }
+    }
+
     /// Path of an image, which is made if it is not there or has to be new for each run.
     ///
     /// # Errors
     ///
     /// When the host or qemu-img reports an error.
     pub fn image(&self, image: Image) -> Result<PathBuf> {
+        if image == Image::Slow {
+            if self.slow.get().is_none() {
+                self.slow.set(SlowDisk::mount(&self.disk)?).ok();
+            }
+            let slow = self.slow.get().context("no slow disk")?;
+            return Ok(slow.path().to_owned());
+        }
         let folder = if image.in_memory() {
             &self.memory
         } else {
@@ -123,6 +146,7 @@ fn make(image: Image, folder: &Path, path: &Path) -> Result<()> {
     match image {
         Image::Raw | Image::RawAnew | Image::RawMemory => fill(path, 1 << 20),
         Image::RawSmall => fill(path, 4096),
+        Image::Slow => Ok(()),
         Image::Fresh | Image::FreshMemory => {
             tool("qemu-img", &["create", "-q", "-f", "qcow2", &to, &size])
         }

@@ -2,7 +2,11 @@
 
 pub mod idle;
 pub mod image;
+#[cfg(feature = "imago")]
+pub mod library;
 pub mod loads;
 pub mod native;
 pub mod peers;
 pub mod rows;
+pub mod slow;
+pub mod targets;

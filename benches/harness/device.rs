@@ -8,7 +8,8 @@ use msb_testkit::frontend::{DATA, EVENT_IDX, FrontEnd, PROTOCOL_FEATURES, code};
 use super::ring::{Part, Ring, Window};
 
 const VERSION_1: u64 = 1 << 32;
-const INDIRECT_DESC: u64 = 1 << 28;
+/// Offered by all but few servers; without it a guest puts the pieces into the queue itself.
+pub(super) const INDIRECT_DESC: u64 = 1 << 28;
 /// MQ, REPLY_ACK and CONFIG, as a VMM that keeps no in-flight record asks for.
 const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9;
 
@@ -62,10 +63,6 @@ impl Device {
         let mut front = FrontEnd::connect(socket, memory)?;
         front.ask(code::SET_OWNER, &[], &[])?;
         let offered = front.get(code::GET_FEATURES)?;
-        ensure!(
-            offered & INDIRECT_DESC != 0,
-            "the server takes no indirect descriptors, which every guest kernel uses"
-        );
         let protocol = front.get(code::GET_PROTOCOL_FEATURES)? & PROTOCOL;
         front.ask(code::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[])?;
         let usual = VERSION_1 | INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES;
@@ -79,7 +76,8 @@ impl Device {
             front.enable(index, true)?;
             let queue = &front.queues[usize::from(index)];
             let tables = DATA + u64::from(index) * queue_bytes(shape);
-            rings.push(Ring::new(window, queue, features, tables, shape.spin)?);
+            let ring = Ring::new(window, queue, features, tables, shape)?;
+            rings.push(ring);
         }
         Ok(Self {
             rings,

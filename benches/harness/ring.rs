@@ -9,6 +9,8 @@ use msb_testkit::frontend::{Driver, EVENT_IDX};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 
+use super::device::{INDIRECT_DESC, Shape};
+
 /// Most pieces of one request: 256 pages of data and the headers around them.
 pub const MAX_PARTS: usize = 260;
 const TABLE_BYTES: usize = 16 * MAX_PARTS;
@@ -116,6 +118,8 @@ pub struct Ring {
     seen: u16,
     event_idx: bool,
     spin: bool,
+    /// Without indirect tables: how many entries of the queue each slot has.
+    pieces: Option<u16>,
     kick: OwnedFd,
     call: OwnedFd,
 }
@@ -127,7 +131,7 @@ impl Ring {
         queue: &Driver,
         features: u64,
         tables: u64,
-        spin: bool,
+        shape: Shape,
     ) -> Result<Self> {
         Ok(Self {
             window,
@@ -140,7 +144,11 @@ impl Ring {
             published: 0,
             seen: 0,
             event_idx: features & EVENT_IDX != 0,
-            spin,
+            spin: shape.spin,
+            pieces: match features & INDIRECT_DESC {
+                0 => Some((shape.size / shape.depth).max(1)),
+                _ => None,
+            },
             kick: queue.kick().try_clone_to_owned()?,
             call: queue.call().try_clone_to_owned()?,
         })
@@ -154,21 +162,30 @@ impl Ring {
     /// Puts the request of a slot into the queue.
     pub fn push(&mut self, slot: u16, chain: &[Part]) {
         assert!(chain.len() <= MAX_PARTS && slot < self.size);
-        let table = self.tables + u64::from(slot) * TABLE_BYTES as u64;
+        let head = slot * self.pieces.unwrap_or(1);
+        let (table, first) = match self.pieces {
+            None => (self.tables + u64::from(slot) * TABLE_BYTES as u64, 0),
+            Some(most) => {
+                assert!(chain.len() <= usize::from(most));
+                (self.descriptors, head)
+            }
+        };
         let last = chain.len() - 1;
-        for (place, part) in chain.iter().enumerate() {
+        for (place, part) in (first..).zip(chain) {
             let mut flags = if part.device_writes { WRITE } else { 0 };
-            if place != last {
+            if usize::from(place - first) != last {
                 flags |= NEXT;
             }
-            let next = u16::try_from(place + 1).expect("a short chain");
-            self.descriptor(table + 16 * place as u64, part.at, part.len, flags, next);
+            let to = table + 16 * u64::from(place);
+            self.descriptor(to, part.at, part.len, flags, place + 1);
         }
-        let len = 16 * u32::try_from(chain.len()).expect("a short chain");
-        let head = self.descriptors + 16 * u64::from(slot);
-        self.descriptor(head, table, len, INDIRECT, 0);
+        if self.pieces.is_none() {
+            let len = 16 * u32::try_from(chain.len()).expect("a short chain");
+            let entry = self.descriptors + 16 * u64::from(head);
+            self.descriptor(entry, table, len, INDIRECT, 0);
+        }
         let place = self.available + 4 + 2 * u64::from(self.next % self.size);
-        self.window.write(place, &slot.to_le_bytes());
+        self.window.write(place, &head.to_le_bytes());
         self.next = self.next.wrapping_add(1);
     }
 
@@ -216,7 +233,10 @@ impl Ring {
         let place = self.used + 4 + 8 * u64::from(self.seen % self.size);
         let entry = u64::from_le_bytes(self.window.array(place));
         self.seen = self.seen.wrapping_add(1);
-        Some((entry as u16, (entry >> 32) as u32))
+        Some((
+            entry as u16 / self.pieces.unwrap_or(1),
+            (entry >> 32) as u32,
+        ))
     }
 
     /// Waits until a request has finished, by its interrupt unless spinning was asked for.

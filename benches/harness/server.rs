@@ -30,6 +30,8 @@ pub enum Role {
     Itself,
     /// No server: what the host gives without one.
     Native,
+    /// The system call that no server can do without, alone.
+    Floor,
 }
 
 /// One of the programs that are compared, with its flags.

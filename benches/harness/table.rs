@@ -69,7 +69,7 @@ impl Line {
     pub fn beside(mut self, bare: Option<f64>) -> Self {
         if let (Measure::Cpu, Some(cost)) = (self.goal.measure, bare) {
             let label = "bare call".to_owned();
-            self.figures.push((label, Role::Native, cost));
+            self.figures.push((label, Role::Floor, cost));
         }
         self
     }
