@@ -266,3 +266,54 @@ fn vmdk_over_a_parent() {
         90,
     );
 }
+
+#[test]
+fn blocks_come_ahead_of_filled_clusters_alone() {
+    use std::os::unix::fs::MetadataExt;
+    const CLUSTER: usize = 64 << 10;
+    if !has_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let to = path.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", to, "64M"]);
+    let taken = || std::fs::metadata(&path).unwrap().blocks() * 512;
+    let before = taken();
+    let image = try_open(&path, false).unwrap();
+    // Half filled: the host holds the halves, and tables of four clusters at most.
+    for nth in 0..64 {
+        write(&image, &vec![7; CLUSTER / 2], nth * CLUSTER);
+    }
+    image.flush().expect("flush");
+    let halves = taken() - before;
+    assert!(
+        halves <= (32 + 4) * CLUSTER as u64,
+        "{halves} bytes for 64 halves"
+    );
+    for nth in 64..104 {
+        write(&image, &vec![7; CLUSTER], nth * CLUSTER);
+    }
+    image.flush().expect("flush");
+    let filled = taken() - before - halves;
+    let clusters = |count: u64| count * CLUSTER as u64;
+    assert!(
+        (clusters(40 + 4)..=clusters(40 + 40 + 4)).contains(&filled),
+        "{filled} bytes for 40 clusters: more than they hold, and at most as much again"
+    );
+    image.close().expect("close");
+    drop(image);
+    let left = taken() - before;
+    assert!(
+        left <= clusters(32 + 40 + 4),
+        "{left} bytes are left when it is closed"
+    );
+    qemu_check(&path, "qcow2", false);
+    let disk = content(&try_open(&path, true).unwrap());
+    assert!(
+        disk[64 * CLUSTER..104 * CLUSTER]
+            .iter()
+            .all(|&byte| byte == 7)
+    );
+    assert!(disk[104 * CLUSTER..].iter().all(|&byte| byte == 0));
+}

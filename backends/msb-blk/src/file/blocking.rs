@@ -34,6 +34,8 @@ pub struct BlockingFile {
     is_device: bool,
     durable: bool,
     knows_nowait: AtomicBool,
+    /// Whether the host hands out blocks ahead.
+    hands_out: AtomicBool,
     /// The host once failed to write something back. It has forgotten what that was, so nothing may
     /// count as durable any more until the image is opened again.
     lost: AtomicBool,
@@ -64,6 +66,7 @@ impl BlockingFile {
             is_device,
             durable: caching != Caching::Unsafe,
             knows_nowait: AtomicBool::new(true),
+            hands_out: AtomicBool::new(!is_device),
             lost: AtomicBool::new(false),
         })
     }
@@ -286,6 +289,15 @@ impl HostFile for BlockingFile {
         match how {
             Emptying::Discard => Ok(()),
             Emptying::Unmap | Emptying::Zero => self.write_zeroes(offset, len),
+        }
+    }
+
+    fn hand_out(&self, offset: u64, len: u64) {
+        // Where this fails, as on a disk that is almost full, writes get their blocks one by one.
+        if self.hands_out.load(Ordering::Relaxed)
+            && rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, offset, len).is_err()
+        {
+            self.hands_out.store(false, Ordering::Relaxed);
         }
     }
 

@@ -101,6 +101,10 @@ pub trait HostFile: Send + Sync {
     /// What the host reports.
     fn set_size(&self, size: u64) -> io::Result<()>;
 
+    /// Has the host hand out the blocks of a range that was never written, which reads as zeroes
+    /// all the same. Only a hint.
+    fn hand_out(&self, _offset: u64, _len: u64) {}
+
     /// Puts everything written so far on stable storage.
     ///
     /// # Errors

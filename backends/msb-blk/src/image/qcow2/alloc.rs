@@ -18,6 +18,10 @@ use crate::image::ImageError;
 /// The first reserve, in bytes; it doubles each time it runs out.
 const FIRST_RESERVE: u64 = 1 << 20;
 const LARGEST_RESERVE: u64 = 64 << 20;
+/// Clusters that have to be filled one after the other before the host is asked for blocks ahead,
+/// and the most that it is asked for at a time, in bytes.
+const STREAK: u64 = 16;
+const LARGEST_AHEAD: u64 = 4 << 20;
 
 /// Neighbouring host clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +108,10 @@ pub(super) struct Space {
     reserve: VecDeque<Run>,
     reserve_target: u64,
     returned: Vec<Run>,
+    /// Clusters that were taken to be filled, since one was taken for less.
+    streak: u64,
+    /// The clusters for which the host has handed out blocks ahead.
+    ahead: Run,
 }
 
 impl Space {
@@ -152,6 +160,8 @@ impl Space {
             reserve: VecDeque::new(),
             reserve_target: (FIRST_RESERVE >> bits).max(4),
             returned: Vec::new(),
+            streak: 0,
+            ahead: Run { first: 0, count: 0 },
         })
     }
 
@@ -172,6 +182,34 @@ impl Space {
         front.count -= run.count;
         if front.count == 0 {
             self.reserve.pop_front();
+        }
+        Ok(run)
+    }
+
+    /// The same for guest data; `filled` tells whether it fills the clusters.
+    ///
+    /// Blocks that the host hands out in one piece make writes cheaper. They are asked for only
+    /// while clusters are being filled, and no more than were filled just before: a cluster that
+    /// holds little takes little of the host's disk.
+    pub(super) fn take_for_data(&mut self, most: u64, filled: bool) -> Result<Run, ImageError> {
+        let run = self.take(most)?;
+        if !filled {
+            self.streak = 0;
+            return Ok(run);
+        }
+        self.streak += run.count;
+        let is_there = self.ahead.first <= run.first
+            && run.first + run.count <= self.ahead.first + self.ahead.count;
+        if self.streak >= STREAK && !is_there {
+            let left = match self.reserve.front() {
+                Some(next) if next.first == run.first + run.count => next.count,
+                _ => 0,
+            };
+            let most = self.streak.min(LARGEST_AHEAD >> self.cluster_bits);
+            let count = run.count + left.min(most);
+            self.ahead = Run { count, ..run };
+            let bits = self.cluster_bits;
+            self.file.hand_out(run.first << bits, count << bits);
         }
         Ok(run)
     }

@@ -197,9 +197,10 @@ impl Qcow2 {
         clusters: u64,
     ) -> Result<u64, ImageError> {
         let bits = self.header.cluster_bits;
-        let run = self.lock_space().take(clusters)?;
         let first = offset >> bits;
         let start = offset & ((1 << bits) - 1);
+        let filled = start == 0 && len >= clusters << bits;
+        let run = self.lock_space().take_for_data(clusters, filled)?;
         let len = len.min((run.count << bits) - start);
         let written = self
             .data
