@@ -63,7 +63,7 @@ fn main() -> Result<()> {
         for (contender, samples) in contenders.iter().zip(&samples) {
             eprintln!("{}", detail(contender, samples));
         }
-        let judged = |goal| Line::new(goal, &contenders, &samples).beside(bare);
+        let judged = |goal| Line::new(goal, &contenders, &samples).beside("bare call", bare);
         lines.extend(row.goals.iter().copied().map(judged));
     }
     if idle {

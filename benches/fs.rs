@@ -3,13 +3,13 @@
 use anyhow::Result;
 use clap::Parser;
 use msb_benches::harness::cli::Options;
-use msb_benches::harness::compare::in_turns;
+use msb_benches::harness::compare::{in_turns, median};
 use msb_benches::harness::machine::prepare_machine;
 use msb_benches::harness::table::{Line, detail, markdown};
 use msb_benches::share::census;
 use msb_benches::share::peers::contenders;
 use msb_benches::share::rows::{ROWS, Row};
-use msb_benches::share::tree::{bare_cost, share, small_share};
+use msb_benches::share::tree::{share, small_share};
 
 fn main() -> Result<()> {
     let options = Options::parse();
@@ -48,19 +48,23 @@ fn main() -> Result<()> {
     for row in &rows {
         eprintln!("  {} {} ({})", row.goal.id, row.goal.what, row.name);
         let share = if row.in_memory { &in_memory } else { &share };
-        if let Some((name, len, write)) = row.bare {
-            let cost = bare_cost(&share.join(name), len, write)?;
-            let direction = if write { "pwrite" } else { "pread" };
-            eprintln!("    a bare {direction} of {len} bytes: {cost:.2} µs");
-        }
         let contenders = contenders(&options, row.wish)?;
+        let mut costs = Vec::new();
         let samples = in_turns(&contenders, options.rounds, |contender| {
+            // In each round, as the state of caches and file systems changes.
+            if let Some(bare) = row.bare.filter(|_| contender.label == contenders[0].label) {
+                costs.push(bare.cost(share)?);
+            }
             row.run(contender, &options, folder, share)
         })?;
+        let bare = row.bare.map(|_| median(&costs));
+        if let Some(cost) = bare {
+            eprintln!("    the bare system calls: {cost:.2} µs");
+        }
         for (contender, samples) in contenders.iter().zip(&samples) {
             eprintln!("{}", detail(contender, samples));
         }
-        lines.push(Line::new(row.goal, &contenders, &samples));
+        lines.push(Line::new(row.goal, &contenders, &samples).beside("bare calls", bare));
     }
     if census {
         eprintln!(

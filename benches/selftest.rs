@@ -11,6 +11,7 @@ use msb_benches::harness::cli::Options;
 use msb_benches::harness::device::{Device, Shape};
 use msb_benches::harness::load::{Load, Until, measure};
 use msb_benches::harness::server::{Contender, Role};
+use msb_benches::share::bare::Bare;
 use msb_benches::share::rows::ROWS;
 use msb_benches::share::tree::{DIRECTORIES, ENTRIES, names};
 use msb_testkit::msb::bin_dir;
@@ -48,6 +49,13 @@ fn rows_of_the_file_server_count_what_the_share_holds() -> Result<()> {
             let entries = DIRECTORIES * (ENTRIES + 2);
             ensure!(sample.units == entries as u64, "{} entries", sample.units);
         }
+    }
+    for row in ROWS.iter() {
+        let Some(bare) = row.bare.filter(|bare| !matches!(bare, Bare::Access { .. })) else {
+            continue;
+        };
+        let cost = bare.cost(&share)?;
+        ensure!(cost > 0.0 && cost < 1e4, "{}: {cost} µs", row.name);
     }
     // A run that was cut leaves at most what was in flight.
     let left = fs::read_dir(&share)?.count();

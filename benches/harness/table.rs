@@ -64,12 +64,11 @@ impl Line {
         Self { goal, figures }
     }
 
-    /// Shows what the bare system call costs beside figures of CPU: no server needs less.
+    /// Shows what the bare system calls cost beside figures of CPU: no server needs less.
     #[must_use]
-    pub fn beside(mut self, bare: Option<f64>) -> Self {
+    pub fn beside(mut self, label: &str, bare: Option<f64>) -> Self {
         if let (Measure::Cpu, Some(cost)) = (self.goal.measure, bare) {
-            let label = "bare call".to_owned();
-            self.figures.push((label, Role::Floor, cost));
+            self.figures.push((label.to_owned(), Role::Floor, cost));
         }
         self
     }

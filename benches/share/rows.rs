@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use rustix::fs::{Advice, fadvise};
 
+use super::bare::Bare;
 use super::loads::{List, MakeAndRemove, Replay};
 use super::peers::Wish;
 use super::session::{REQUESTS, Session};
@@ -29,8 +30,8 @@ pub struct Row {
     pub goal: Goal,
     /// What it wants of the servers.
     pub wish: Wish,
-    /// A file whose bare cost belongs beside the result, and the size and direction of access.
-    pub bare: Option<(&'static str, usize, bool)>,
+    /// The system calls whose bare cost belongs beside the result.
+    pub bare: Option<Bare>,
     /// The share lies on tmpfs, where writing costs a copy and nothing else.
     pub in_memory: bool,
     depth: u16,
@@ -57,6 +58,10 @@ struct Plan {
 
 const NEVER: &[&str] = &["--inode-file-handles=never"];
 const POOL: &[&str] = &["--inode-file-handles=never", "--thread-pool-size=4"];
+
+const fn access(file: &'static str, len: usize, write: bool) -> Option<Bare> {
+    Some(Bare::Access { file, len, write })
+}
 
 const fn goal(id: &'static str, what: &'static str, measure: Measure, target: f64) -> Goal {
     Goal {
@@ -92,18 +97,24 @@ const fn row(
 
 /// All rows, in the order of the targets.
 pub const ROWS: &[Row] = &[
-    row(
-        "getattr",
-        goal("F1", "GETATTR, 32 in flight", Cpu, 5.0),
-        32,
-        getattr,
-    ),
-    row(
-        "lookup",
-        goal("F1", "LOOKUP of known names, 32 in flight", Cpu, 5.0),
-        32,
-        lookup,
-    ),
+    Row {
+        bare: Some(Bare::Stat),
+        ..row(
+            "getattr",
+            goal("F1", "GETATTR, 32 in flight", Cpu, 5.0),
+            32,
+            getattr,
+        )
+    },
+    Row {
+        bare: Some(Bare::Find),
+        ..row(
+            "lookup",
+            goal("F1", "LOOKUP of known names, 32 in flight", Cpu, 5.0),
+            32,
+            lookup,
+        )
+    },
     row(
         "getattr-qd1",
         goal("F2", "GETATTR, 1 in flight", Latency, 1.15),
@@ -111,7 +122,7 @@ pub const ROWS: &[Row] = &[
         getattr,
     ),
     Row {
-        bare: Some(("data", 4096, false)),
+        bare: access("data", 4096, false),
         ..row(
             "read4k",
             goal("F3", "READ 4 KiB, 32 in flight", Cpu, 2.5),
@@ -121,7 +132,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         in_memory: true,
-        bare: Some(("written", 4096, true)),
+        bare: access("written", 4096, true),
         ..row(
             "write4k",
             goal("F3", "WRITE 4 KiB on tmpfs, 32 in flight", Cpu, 2.5),
@@ -130,7 +141,7 @@ pub const ROWS: &[Row] = &[
         )
     },
     Row {
-        bare: Some(("written", 4096, true)),
+        bare: access("written", 4096, true),
         ..row(
             "write4k-disk",
             goal("F3", "WRITE 4 KiB on the disk, 32 in flight", Cpu, 2.5),
@@ -143,7 +154,7 @@ pub const ROWS: &[Row] = &[
             queues: 2,
             tuned: POOL,
         },
-        bare: Some(("data", 4096, false)),
+        bare: access("data", 4096, false),
         ..row(
             "read4k-queues",
             Goal {
@@ -161,6 +172,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         extent: Extent::Once,
+        bare: Some(Bare::List { first: true }),
         ..row(
             "readdirplus-cold",
             goal("F5", "READDIRPLUS, each entry, first time", Cpu, 5.0),
@@ -168,37 +180,66 @@ pub const ROWS: &[Row] = &[
             list,
         )
     },
-    row(
-        "readdirplus",
-        goal("F5", "READDIRPLUS, each entry, again", Cpu, 5.0),
-        1,
-        list_again,
-    ),
-    row(
-        "create",
-        goal(
-            "F6",
-            "CREATE + RELEASE + UNLINK + FORGET, 1 in flight",
-            Cpu,
-            2.5,
-        ),
-        1,
-        create,
-    ),
-    row(
-        "create-qd8",
-        goal(
-            "F6",
-            "CREATE + RELEASE + UNLINK + FORGET, 8 in flight",
-            Cpu,
-            2.5,
-        ),
-        8,
-        create,
-    ),
+    Row {
+        bare: Some(Bare::List { first: false }),
+        ..row(
+            "readdirplus",
+            goal("F5", "READDIRPLUS, each entry, again", Cpu, 5.0),
+            1,
+            list_again,
+        )
+    },
+    Row {
+        bare: Some(Bare::Make),
+        ..row(
+            "create",
+            goal(
+                "F6",
+                "CREATE + RELEASE + UNLINK + FORGET, 1 in flight",
+                Cpu,
+                2.5,
+            ),
+            1,
+            create,
+        )
+    },
+    Row {
+        bare: Some(Bare::Make),
+        ..row(
+            "create-qd8",
+            goal(
+                "F6",
+                "CREATE + RELEASE + UNLINK + FORGET, 8 in flight",
+                Cpu,
+                2.5,
+            ),
+            8,
+            create,
+        )
+    },
+    Row {
+        in_memory: true,
+        bare: Some(Bare::Make),
+        ..row(
+            "create-memory",
+            goal("F6", "the same on tmpfs, 1 in flight", Cpu, 2.5),
+            1,
+            create,
+        )
+    },
+    Row {
+        in_memory: true,
+        bare: Some(Bare::Make),
+        ..row(
+            "create-memory-qd8",
+            goal("F6", "the same on tmpfs, 8 in flight", Cpu, 2.5),
+            8,
+            create,
+        )
+    },
     Row {
         data: 128 << 10,
-        bare: Some(("data", 128 << 10, false)),
+        bare: access("data", 128 << 10, false),
         ..row(
             "seqread",
             goal("F18", "sequential READ 128 KiB, 8 in flight", Cpu, 1.2),
@@ -212,7 +253,7 @@ pub const ROWS: &[Row] = &[
             tuned: POOL,
         },
         data: 128 << 10,
-        bare: Some(("data", 128 << 10, false)),
+        bare: access("data", 128 << 10, false),
         ..row(
             "seqread-queues",
             Goal {
@@ -230,7 +271,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         data: 128 << 10,
-        bare: Some(("written", 128 << 10, true)),
+        bare: access("written", 128 << 10, true),
         ..row(
             "seqwrite",
             goal("F19", "sequential WRITE 128 KiB, 8 in flight", Cpu, 1.15),

@@ -18,8 +18,11 @@ pub const DIRECTORIES: usize = 10;
 /// See [`DIRECTORIES`].
 pub const ENTRIES: usize = 1000;
 
+/// Name of the attribute that holds the metadata.
+pub const KEY: &str = "user.msb.override_stat";
+
 /// The override that `strict` keeps on each file: version 1, owner 1000:1000, mode, no device.
-fn metadata(mode: u32) -> [u8; 20] {
+pub fn metadata(mode: u32) -> [u8; 20] {
     let mut bytes = [0; 20];
     bytes[0] = 1;
     for (place, word) in bytes[4..].chunks_exact_mut(4).zip([1000, 1000, mode, 0]) {
@@ -30,8 +33,7 @@ fn metadata(mode: u32) -> [u8; 20] {
 
 /// Records owner and mode as msb-fs does, so that strict mode finds its metadata on every file.
 fn mark(path: &Path, mode: u32) -> Result<()> {
-    let name = "user.msb.override_stat";
-    rustix::fs::setxattr(path, name, &metadata(mode), XattrFlags::empty())
+    rustix::fs::setxattr(path, KEY, &metadata(mode), XattrFlags::empty())
         .with_context(|| format!("extended attributes on {}", path.display()))
 }
 
