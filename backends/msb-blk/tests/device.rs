@@ -285,3 +285,46 @@ fn cold_reads_go_through_the_ring() {
         }
     }
 }
+
+#[test]
+fn neighbours_of_a_turn_are_written_together() {
+    const PIECE: usize = 64 << 10;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let mut expected = vec![0; 2 * MIB];
+    if has_qemu_img() {
+        qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "2M"]);
+    } else {
+        fs::write(dir.path().join("disk.raw"), &expected).unwrap();
+    }
+    let path = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap();
+    let driver = Driver::new(&path.path(), false, false);
+    let mut random = Random(7);
+    let (done, finished) = channel();
+    // Twelve neighbours are more than are written at once; then a gap, one from before, and one
+    // over the same place, which must win because it comes last.
+    let places: Vec<usize> = (0..12).chain([20, 15, 16, 15]).collect();
+    let mut send = |at: usize, len: usize| {
+        let bytes = random.bytes(len);
+        expected[at..at + len].copy_from_slice(&bytes);
+        let header = [1_u64.to_le_bytes(), (at as u64 / 512).to_le_bytes()].concat();
+        let readable = Segments::from_vec([header, bytes].concat());
+        let writable = Segments::from_vec(vec![0xee]);
+        let (done, status) = (done.clone(), writable.clone());
+        let request = Request::new(readable, writable, move |_| {
+            done.send(status.to_vec()).unwrap();
+        });
+        driver.device.handle(0, request);
+    };
+    send(30 * PIECE, 512);
+    assert_eq!(finished.try_recv(), Ok(vec![OK]), "a short write waits");
+    send(0, PIECE);
+    assert!(finished.try_recv().is_err(), "a long one does not");
+    for &place in places.iter().skip(1) {
+        send(place * PIECE, PIECE);
+    }
+    driver.device.end_turn(0);
+    let answers: Vec<Vec<u8>> = finished.try_iter().collect();
+    assert_eq!(answers, vec![vec![OK]; places.len()]);
+    assert!(content(&driver.image) == expected);
+}

@@ -47,7 +47,7 @@ impl FrontEnd {
 
 /// One virtio device behind a vhost-user socket.
 ///
-/// The transport calls `handle`, `end_batch` and `reap` of one queue always from that queue's own
+/// The transport calls `handle`, `end_turn`, `end_batch` and `reap` of one queue always from that queue's own
 /// worker thread, and those of different queues at the same time. The other methods are called
 /// from the control thread.
 pub trait Device: Send + Sync + 'static {
@@ -84,6 +84,10 @@ pub trait Device: Send + Sync + 'static {
     /// Carries out one request of `queue`, either before it returns or later: whoever holds the
     /// request ends it with [`Request::complete`]. Must not block for long.
     fn handle(&self, queue: u16, request: Request);
+
+    /// Called after some requests that were taken from the queue together, and before more are taken:
+    /// a device may keep them until then to carry them out together.
+    fn end_turn(&self, _queue: u16) {}
 
     /// Called after the last [`Device::handle`] of a batch, to submit what was queued.
     fn end_batch(&self, _queue: u16) {}

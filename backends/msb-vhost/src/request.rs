@@ -168,6 +168,17 @@ impl Segments {
         unsafe { Self::from_spans(spans, Arc::new(Owned(cells))) }
     }
 
+    /// The bytes of several segments, one after the other.
+    pub fn joined(parts: impl IntoIterator<Item = Segments>) -> Self {
+        let (mut spans, mut keep) = (Spans::new(), Vec::new());
+        for part in parts {
+            spans.extend_from_slice(part.spans());
+            keep.push(part.keep);
+        }
+        // SAFETY: every span is one of a part, and `keep` holds what the parts held.
+        unsafe { Self::from_spans(spans, Arc::new(keep)) }
+    }
+
     /// The bytes that are left, copied out without consuming them.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
@@ -438,6 +449,16 @@ mod tests {
         segments.write_all(&[7, 7]).unwrap();
         assert_eq!(segments.fill(1, 100), 4);
         assert!(segments.is_empty());
+    }
+
+    #[test]
+    fn joined_segments_are_one_after_the_other() {
+        let mut part = Segments::from_vec(vec![1, 2, 3]);
+        part.read_exact(&mut [0]).unwrap();
+        let mut joined = Segments::joined([part, Segments::from_vec(vec![4, 5])]);
+        assert_eq!((joined.len(), joined.to_vec()), (4, vec![2, 3, 4, 5]));
+        joined.split_to(3);
+        assert_eq!(joined.to_vec(), [5]);
     }
 
     #[test]

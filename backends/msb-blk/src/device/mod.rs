@@ -238,7 +238,7 @@ impl Device for BlkDevice {
                 self.read(queue, Transfer::read(pending, data, range.offset));
             }
             Ok(Operation::Write(range)) => {
-                self.write(queue, Transfer::write(pending, room, range.offset));
+                self.write_in_turn(queue, Transfer::write(pending, room, range.offset));
             }
             Ok(Operation::Flush) if self.config.read_only => pending.finish(room, Status::Ok),
             Ok(Operation::Flush) => self.flush(pending, room),
@@ -264,7 +264,12 @@ impl Device for BlkDevice {
         }
     }
 
+    fn end_turn(&self, queue: u16) {
+        self.write_neighbours(queue);
+    }
+
     fn end_batch(&self, queue: u16) {
+        self.write_neighbours(queue);
         self.empty_batch(queue);
         if let Some(lane) = self.lane(queue) {
             lane.submit();

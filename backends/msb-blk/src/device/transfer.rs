@@ -25,6 +25,11 @@ const SLOW_WRITE: Duration = Duration::from_millis(2);
 /// Writes that go to the ring after such a one, before the next is tried at once.
 const DETOUR: u32 = 64;
 
+/// Writes as large as this wait for their neighbours in the same turn, and this many bytes of them
+/// are written together at most: the driver goes on with what is done.
+const JOINED_FROM: usize = 16 << 10;
+const JOINED_MOST: u64 = 512 << 10;
+
 /// A request that was taken apart.
 pub(super) struct Pending {
     /// Of its writable part only the status byte is left.
@@ -102,6 +107,8 @@ pub(super) struct Lane {
     /// Writes that go to the ring because the host makes writers wait.
     detour: AtomicU32,
     emptied: Mutex<Vec<Emptied>>,
+    /// Writes to neighbouring places, which are carried out before the turn ends.
+    neighbours: Mutex<Vec<Transfer>>,
 }
 
 impl Lane {
@@ -117,6 +124,7 @@ impl Lane {
             is_watched: AtomicBool::new(false),
             detour: AtomicU32::new(0),
             emptied: Mutex::default(),
+            neighbours: Mutex::default(),
         })
     }
 
@@ -210,6 +218,55 @@ impl BlkDevice {
             lane.detour.store(DETOUR, Ordering::Relaxed);
         }
         self.written(write, result);
+    }
+
+    /// Writes a request of the driver before the turn ends, together with what belongs before and
+    /// behind it: to the host one long write costs less than several short ones.
+    pub(super) fn write_in_turn(&self, queue: u16, write: Transfer) {
+        let Some(lane) = self.lane(queue).filter(|_| write.data.len() >= JOINED_FROM) else {
+            return self.write(queue, write);
+        };
+        let joins = lock(&lane.neighbours).first().is_none_or(|first| {
+            let end = write.offset + write.data.len() as u64;
+            end.checked_sub(first.offset)
+                .is_some_and(|len| len <= JOINED_MOST)
+        }) && lock(&lane.neighbours)
+            .last()
+            .is_none_or(|last| last.offset + last.data.len() as u64 == write.offset);
+        if !joins {
+            self.write_neighbours(queue);
+        }
+        lock(&lane.neighbours).push(write);
+    }
+
+    /// Carries out the writes that waited for their neighbours.
+    pub(super) fn write_neighbours(&self, queue: u16) {
+        let Some(lane) = self.lane(queue) else { return };
+        let writes = std::mem::take(&mut *lock(&lane.neighbours));
+        let apart = writes.len() < 2
+            || self.image.avoids_cache()
+            || self.committer.is_flushing()
+            || lane.detour.load(Ordering::Relaxed) > 0;
+        if apart {
+            return writes
+                .into_iter()
+                .for_each(|write| self.write(queue, write));
+        }
+        let offset = writes.first().map_or(0, |first| first.offset);
+        let mut data = Segments::joined(writes.iter().map(|write| write.data.clone()));
+        let len = data.len() as u64;
+        let start = Instant::now();
+        let result = self.image.write(&mut data, offset, len);
+        if start.elapsed() > SLOW_WRITE {
+            lane.detour.store(DETOUR, Ordering::Relaxed);
+        }
+        for write in writes {
+            match &result {
+                Ok(()) => self.written(write, Ok(())),
+                // Which of them fails shows when each is done by itself.
+                Err(_) => self.write_now(queue, write),
+            }
+        }
     }
 
     fn written(&self, write: Transfer, result: Result<(), ImageError>) {

@@ -53,6 +53,7 @@ pub fn request(data: &[u8]) {
         let _ = done.send(used);
     });
     device.handle(0, request);
+    device.end_turn(0);
     let used = finished.recv_timeout(Duration::from_secs(90));
     assert!(
         used.is_ok_and(|used| index(used.into()) <= room),

@@ -229,6 +229,7 @@ impl<'a, D: Device> Worker<'a, D> {
             for request in self.batch.drain(..) {
                 self.device.handle(self.number, request);
             }
+            self.device.end_turn(self.number);
         };
         // Also without a request: `reap` may have left something to submit.
         self.device.end_batch(self.number);
