@@ -196,6 +196,9 @@ fn what_the_host_forbids_its_owner_can_be_recorded_all_the_same() -> Result<()> 
     for (name, mode) in [("object", 0o100_444), ("closed", 0o100_000)] {
         let (node, attr) = server.find_in(1, name)?;
         ensure!((attr.mode, attr.uid) == (mode, 0), "{name}: {attr:?}");
+        // Asked for whenever a file is executed, and written to.
+        let capability = server.getxattr(node, "security.capability")?;
+        ensure!(capability == Err(ENODATA), "{name}: {capability:?}");
         ensure!(
             server.setattr(node, UID | MODE, (0, 0o640, 33, 0))? == 0,
             "{name}"
