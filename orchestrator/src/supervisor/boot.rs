@@ -70,12 +70,18 @@ impl Parts {
         let vmm = self.vmm.as_ref().filter(|vmm| vmm.status().is_some());
         let ended = |backend: &&Child| backend.needed && backend.status().is_some();
         let ended = self.backends.iter().find(ended);
-        let (what, child) = match (failed, vmm, ended) {
-            (Some(backend), _, _) | (None, None, Some(backend)) => ("the backend of ", backend),
-            (None, Some(vmm), _) => ("", vmm),
+        let ended_by_itself =
+            |what, child: &Child| format!("{what}{} ended: {}", child.purpose, child.last_words());
+        let message = match (failed, vmm, ended) {
+            (Some(backend), _, _) => ended_by_itself("the backend of ", backend),
+            (None, Some(vmm), _) => ended_by_itself("", vmm),
+            // It was let go of, though nobody unplugged it: cloud-hypervisor makes its devices anew
+            // when the guest restarts.
+            (None, None, Some(backend)) => {
+                format!("the machine restarted: it let go of {}", backend.purpose)
+            }
             (None, None, None) => return None,
         };
-        let message = format!("{what}{} ended: {}", child.purpose, child.last_words());
         Some(Error::new(ErrorKind::BootStart, message))
     }
 }

@@ -195,12 +195,10 @@ async fn settle(
     let backend_failed = || parts.backends.iter().any(Child::failed);
     let cause = async { while !backend_failed() && ends.recv().await.is_some() {} };
     let _ = timeout(Duration::from_millis(300), cause).await;
-    let error = parts.broken().unwrap_or(error);
-    let vmm_ended = parts.vmm.as_ref().is_some_and(|vmm| vmm.status().is_some());
-    if vmm_ended && !backend_failed() {
-        with_console(error, &hub.sandbox.dir.console_log())
-    } else {
-        error
+    match parts.broken() {
+        None => error,
+        Some(error) if backend_failed() => error,
+        Some(error) => with_console(error, &hub.sandbox.dir.console_log()),
     }
 }
 
