@@ -32,8 +32,10 @@ mkdir -p /m/lib/modules
 ln -s /kernel /m/lib/modules/$(uname -r)
 ln -s /usr/bin/kmod /m/modprobe
 for name in mount umount; do ln -s /bin/busybox /m/$name; done
-# busybox would take its own modprobe, which knows no other folder.
-module() { /m/modprobe -d /m -a "$@"; }
+# busybox would take its own modprobe, which knows no other folder. libkrun's kernel has all in it.
+module() {
+    for name; do grep -qw $name /proc/filesystems || /m/modprobe -d /m $name; done
+}
 "#;
 
 /// Runs guests that have the programs of this machine.
