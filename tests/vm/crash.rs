@@ -64,12 +64,20 @@ fn a_disk_whose_backend_is_killed_goes_on() -> Result<()> {
         };
         let victim = Pid::from_raw(*victim.context("no backend")?).context("pid")?;
         kill_process(victim, Signal::KILL)?;
-        wrote(5)?;
-        let after = backend(&msb, "load.qcow2")?;
+        // What was written before may still wait to be read, so the lines tell nothing of this.
+        let mut after = Vec::new();
+        for _ in 0..200 {
+            after = backend(&msb, "load.qcow2")?;
+            if after.len() == before.len() && after.iter().all(|pid| !before.contains(pid)) {
+                break;
+            }
+            sleep(Duration::from_millis(50));
+        }
         ensure!(
-            after.iter().all(|pid| !before.contains(pid)),
+            after.len() == before.len() && after.iter().all(|pid| !before.contains(pid)),
             "{before:?} {after:?}"
         );
+        wrote(20)?;
     }
     std::fs::write(share.join("stop"), "")?;
     let last = lines.map_while(Result::ok).last();
