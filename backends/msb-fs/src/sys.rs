@@ -151,6 +151,21 @@ fn stat_by_empty_path(fd: BorrowedFd<'_>) -> Result<Stat, Errno> {
     rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, FIELDS).map(Stat::from)
 }
 
+/// The time in nanoseconds, by the clock with which file systems stamp changes: on a machine that is
+/// short of CPU it can stand still for longer than any tick, and then nothing is known to be old.
+/// By way of libc: what rustix does to find the vDSO is nothing for a process that is locked in.
+pub(crate) fn file_time() -> i64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `now` is a place for a time. This clock exists since Linux 2.6.32.
+    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut now) };
+    now.tv_sec
+        .saturating_mul(1_000_000_000)
+        .saturating_add(now.tv_nsec)
+}
+
 /// Attributes of `name` in `dir`, of the link itself if it is one.
 pub(crate) fn stat_in(dir: impl AsFd, name: &CStr) -> Result<Stat, Errno> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;

@@ -5,14 +5,13 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FileType;
 use smallvec::SmallVec;
 
 use super::slab::lock;
 use crate::quota::{Account, Presence};
-use crate::sys::Stat;
+use crate::sys::{Stat, file_time as now};
 use crate::tree::overlay::Override;
 
 /// Identity of an inode on the host: device and number. While a descriptor is held the number
@@ -120,14 +119,8 @@ impl Facts {
     }
 }
 
-/// Longer than any clock of a file system stands still, in nanoseconds.
+/// Longer than a tick of the clock of file systems, in nanoseconds.
 const TICK: i64 = 20_000_000;
-
-/// The time in nanoseconds.
-fn now() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| i64::try_from(now.as_nanos()).unwrap_or(0))
-}
 
 /// The change time of `stat` if any later change must give another one. The clock of file systems
 /// stands still for a tick, or for two seconds on those that store no fractions: a change in the
@@ -357,6 +350,18 @@ mod tests {
         // A clock that was set back proves nothing either.
         assert_eq!(settled(&stat, time - SECOND), None);
         assert_eq!(settled(&stat, i64::MIN), None);
+    }
+
+    #[test]
+    fn no_change_is_stamped_with_a_time_that_has_passed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        for _ in 0..500 {
+            let before = now();
+            std::fs::write(&path, "x").unwrap();
+            let stat = crate::sys::stat(std::fs::File::open(&path).unwrap()).unwrap();
+            assert!(stat.changed() >= Some(before), "{stat:?} {before}");
+        }
     }
 
     #[test]
