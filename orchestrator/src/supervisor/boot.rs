@@ -75,8 +75,8 @@ impl Parts {
         let message = match (failed, vmm, ended) {
             (Some(backend), _, _) => ended_by_itself("the backend of ", backend),
             (None, Some(vmm), _) => ended_by_itself("", vmm),
-            // It was let go of, though nobody unplugged it: cloud-hypervisor makes its devices anew
-            // when the guest restarts.
+            // It was let go of, though nobody unplugged it: cloud-hypervisor makes its devices, and its
+            // console's log, anew when the guest restarts.
             (None, None, Some(backend)) => {
                 format!("the machine restarted: it let go of {}", backend.purpose)
             }
