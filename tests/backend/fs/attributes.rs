@@ -476,6 +476,11 @@ fn privileged_attributes_are_kept_for_the_guest_alone() -> Result<()> {
         );
         let mut value = [0; 64];
         let path = folder.path().join("share/file");
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(&path, "security.host", b"its own", flags)?;
+        let found = server.getxattr(file, "security.host")?;
+        ensure!(found == Err(ENODATA), "the host's own is shown: {found:?}");
+        rustix::fs::removexattr(&path, "security.host")?;
         let error = rustix::fs::getxattr(&path, "security.capability", &mut value);
         ensure!(
             error == Err(rustix::io::Errno::NODATA),

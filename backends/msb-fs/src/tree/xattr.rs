@@ -34,16 +34,18 @@ impl Tree {
         let node = self.node(id)?;
         let is_moved = key.as_c_str() != name;
         match read(node.fd(), &key) {
+            Err(Errno::NODATA) => {}
             // Where the host shows nobody what is ours, as with overrides, there is nothing of ours:
             // the kernel asks for capabilities before it executes a file, and fails by any other
             // answer.
-            Err(Errno::ACCESS | Errno::PERM) if is_moved && name != c"security.capability" => {
-                Err(Errno::NODATA)
-            }
-            // Programs of the host may have given capabilities to the file.
-            Err(Errno::NODATA | Errno::ACCESS | Errno::PERM) if is_moved => read(node.fd(), name),
-            result => result,
+            Err(Errno::ACCESS | Errno::PERM) if is_moved => {}
+            result => return result,
         }
+        // Programs of the host may have given capabilities to the file.
+        if name == c"security.capability" {
+            return read(node.fd(), name);
+        }
+        Err(Errno::NODATA)
     }
 
     /// The names of all attributes, each ended by a zero byte.
