@@ -226,17 +226,18 @@ impl BlkDevice {
         let Some(lane) = self.lane(queue).filter(|_| write.data.len() >= JOINED_FROM) else {
             return self.write(queue, write);
         };
-        let joins = lock(&lane.neighbours).first().is_none_or(|first| {
+        let mut waiting = lock(&lane.neighbours);
+        if let (Some(first), Some(last)) = (waiting.first(), waiting.last()) {
             let end = write.offset + write.data.len() as u64;
-            end.checked_sub(first.offset)
-                .is_some_and(|len| len <= JOINED_MOST)
-        }) && lock(&lane.neighbours)
-            .last()
-            .is_none_or(|last| last.offset + last.data.len() as u64 == write.offset);
-        if !joins {
-            self.write_neighbours(queue);
+            let len = end.checked_sub(first.offset);
+            let is_next = last.offset + last.data.len() as u64 == write.offset;
+            if !is_next || len.is_none_or(|len| len > JOINED_MOST) {
+                drop(waiting);
+                self.write_neighbours(queue);
+                waiting = lock(&lane.neighbours);
+            }
         }
-        lock(&lane.neighbours).push(write);
+        waiting.push(write);
     }
 
     /// Carries out the writes that waited for their neighbours.
