@@ -4,18 +4,8 @@ use super::image::{BYTES, HUGE, HUGE_PIECES, Image};
 use super::loads::{Kind, Order, Pattern};
 use super::peers::{Peer, SPDK_BYTES, Wish};
 use super::rows::Row;
-use crate::harness::compare::Measure::{self, Cpu, Latency, Rate, Tail};
-use crate::harness::table::{Against, Goal};
-
-const fn goal(id: &'static str, what: &'static str, measure: Measure, target: f64) -> Goal {
-    Goal {
-        id,
-        what,
-        measure,
-        target,
-        against: Against::Best,
-    }
-}
+use crate::harness::compare::Measure::{Cpu, Latency, Rate, Tail};
+use crate::harness::table::{Against, Goal, goal};
 
 const fn row(
     name: &'static str,

@@ -21,6 +21,22 @@ pub struct Goal {
     pub against: Against,
 }
 
+/// A goal against the best of the peer's configurations.
+pub(crate) const fn goal(
+    id: &'static str,
+    what: &'static str,
+    measure: Measure,
+    target: f64,
+) -> Goal {
+    Goal {
+        id,
+        what,
+        measure,
+        target,
+        against: Against::Best,
+    }
+}
+
 /// Whom a ratio is taken against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Against {

@@ -14,11 +14,11 @@ use super::session::{REQUESTS, Session};
 use super::tree::{DATA_BYTES, DIRECTORIES, SMALL_FILES, small};
 use super::wire::{Request, libc_flags};
 use crate::harness::cli::Options;
-use crate::harness::compare::Measure::{self, Cpu, Latency, Rate};
+use crate::harness::compare::Measure::{Cpu, Latency, Rate};
 use crate::harness::device::Shape;
 use crate::harness::load::{Load, Sample, Until, measure};
 use crate::harness::server::{Contender, Role, unpin};
-use crate::harness::table::{Against, Goal};
+use crate::harness::table::{Against, Goal, goal};
 
 type Loads = Vec<Box<dyn Load>>;
 
@@ -61,16 +61,6 @@ const POOL: &[&str] = &["--inode-file-handles=never", "--thread-pool-size=4"];
 
 const fn access(file: &'static str, len: usize, write: bool) -> Option<Bare> {
     Some(Bare::Access { file, len, write })
-}
-
-const fn goal(id: &'static str, what: &'static str, measure: Measure, target: f64) -> Goal {
-    Goal {
-        id,
-        what,
-        measure,
-        target,
-        against: Against::Best,
-    }
 }
 
 const fn row(
