@@ -45,6 +45,11 @@ impl Measure {
         }
     }
 
+    /// Whether the figure is a time in which the server's own work is contained.
+    pub fn holds_server(self) -> bool {
+        matches!(self, Self::Wall | Self::Overhead)
+    }
+
     /// How often better `ours` is than `theirs`.
     pub fn ratio(self, ours: f64, theirs: f64) -> f64 {
         match self {

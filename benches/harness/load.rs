@@ -49,6 +49,16 @@ impl Sample {
         self.cpu.as_secs_f64() * 1e6 / self.units.max(1) as f64
     }
 
+    /// The same run as if the server had needed no CPU at all.
+    #[must_use]
+    pub fn without_server(&self) -> Self {
+        Self {
+            elapsed: self.elapsed.saturating_sub(self.cpu),
+            cpu: Duration::ZERO,
+            ..self.clone()
+        }
+    }
+
     /// Units a second.
     pub fn rate(&self) -> f64 {
         self.units as f64 / self.elapsed.as_secs_f64()

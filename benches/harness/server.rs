@@ -30,7 +30,7 @@ pub enum Role {
     Itself,
     /// No server: what the host gives without one.
     Native,
-    /// The system call that no server can do without, alone.
+    /// What no server can do without, alone.
     Floor,
 }
 

@@ -52,6 +52,21 @@ pub enum Against {
     Native,
 }
 
+impl Against {
+    fn is(self, role: Role) -> bool {
+        match self {
+            Self::Default => role == Role::Peer,
+            Self::Tuned => role == Role::TunedPeer,
+            Self::Itself => role == Role::Itself,
+            Self::Native => role == Role::Native,
+            Self::Best => matches!(role, Role::Peer | Role::TunedPeer),
+        }
+    }
+}
+
+/// What is left of a time when the CPU time of our server is taken out of it.
+const FREE: &str = "without its CPU";
+
 /// A finished row.
 #[derive(Debug, Clone)]
 pub struct Line {
@@ -68,7 +83,17 @@ impl Line {
             median(&values)
         };
         let figures: Vec<f64> = samples.iter().map(of).collect();
-        Self::of(goal, contenders, &figures)
+        let mut line = Self::of(goal, contenders, &figures);
+        let judged = contenders.iter().position(|one| one.role == Role::Judged);
+        if let (true, Some(ours)) = (
+            goal.measure.holds_server(),
+            judged.and_then(|at| samples.get(at)),
+        ) {
+            // All of it counts as if the program had waited for it: that is the most it can save.
+            let rest: Vec<Sample> = ours.iter().map(Sample::without_server).collect();
+            line.figures.push((FREE.to_owned(), Role::Floor, of(&rest)));
+        }
+        line
     }
 
     /// Judges one figure of each contender.
@@ -91,17 +116,16 @@ impl Line {
 
     /// How often better our default is than whom the goal names; `None` when one of both is missing.
     pub fn ratio(&self) -> Option<f64> {
-        self.ratio_to(|role| match self.goal.against {
-            Against::Default => role == Role::Peer,
-            Against::Tuned => role == Role::TunedPeer,
-            Against::Itself => role == Role::Itself,
-            Against::Native => role == Role::Native,
-            Against::Best => matches!(role, Role::Peer | Role::TunedPeer),
-        })
+        self.ratio_to(Role::Judged, |role| self.goal.against.is(role))
     }
 
-    fn ratio_to(&self, whom: impl Fn(Role) -> bool) -> Option<f64> {
-        let judged = |(_, role, _): &&(String, Role, f64)| *role == Role::Judged;
+    /// The same of a server that would do nothing but what none can do without: no ratio is larger.
+    fn bound(&self) -> Option<f64> {
+        self.ratio_to(Role::Floor, |role| self.goal.against.is(role))
+    }
+
+    fn ratio_to(&self, of: Role, whom: impl Fn(Role) -> bool) -> Option<f64> {
+        let judged = |(_, role, _): &&(String, Role, f64)| *role == of;
         let ours = self.figures.iter().find(judged)?.2;
         self.figures
             .iter()
@@ -120,16 +144,20 @@ impl Line {
             write!(line, " {text} |").expect("writing to a string");
         }
         // Both are shown, and one is judged.
-        let default = self.ratio_to(|role| role == Role::Peer);
-        let default = default.map_or("–".to_owned(), times);
+        let default = self.ratio_to(Role::Judged, |role| role == Role::Peer);
+        let bound = self.bound();
         let (ratio, verdict) = match self.ratio() {
             None => ("–".to_owned(), "–"),
             Some(ratio) if ratio >= goal.target => (format!("**{}**", times(ratio)), "met"),
+            Some(ratio) if bound.is_some_and(|most| most < goal.target) => {
+                (times(ratio), "out of reach")
+            }
             Some(ratio) => (times(ratio), "missed"),
         };
+        let [default, bound] = [default, bound].map(|one| one.map_or("–".to_owned(), times));
         write!(
             line,
-            " {default} | {ratio} | ≥ {} | {verdict} |",
+            " {default} | {ratio} | {bound} | ≥ {} | {verdict} |",
             goal.target
         )
         .expect("writing to a string");
@@ -149,9 +177,9 @@ pub fn markdown(title: &str, lines: &[Line]) -> String {
     for label in &labels {
         write!(text, " {label} |").expect("writing to a string");
     }
-    text.push_str(" to default | judged | target | |\n|---|---|---|");
+    text.push_str(" to default | judged | at most | target | |\n|---|---|---|");
     text.push_str(&"--:|".repeat(labels.len()));
-    text.push_str("--:|--:|--:|---|\n");
+    text.push_str("--:|--:|--:|--:|---|\n");
     for line in lines {
         text.push_str(&line.markdown(&labels));
         text.push('\n');
@@ -203,6 +231,26 @@ mod tests {
     use crate::harness::load::Sample;
     use crate::harness::server::{Contender, Role};
 
+    fn named((label, role): (&str, Role)) -> Contender {
+        Contender {
+            label: label.to_owned(),
+            role,
+            program: "none".into(),
+            flags: Vec::new(),
+        }
+    }
+
+    fn sample(micros: u64) -> Sample {
+        Sample {
+            units: 1,
+            elapsed: Duration::from_secs(1),
+            cpu: Duration::from_micros(micros),
+            latency: vec![1],
+            requests: 1,
+            native: Duration::ZERO,
+        }
+    }
+
     #[test]
     fn a_row_is_judged_by_our_default_against_the_best_peer() {
         let goal = Goal {
@@ -212,36 +260,50 @@ mod tests {
             target: 2.0,
             against: Against::Best,
         };
-        let contender = |label: &str, role| Contender {
-            label: label.to_owned(),
-            role,
-            program: "none".into(),
-            flags: Vec::new(),
-        };
         let contenders = [
-            contender("ours", Role::Judged),
-            contender("other", Role::Ours),
-            contender("peer", Role::Peer),
-            contender("tuned", Role::TunedPeer),
-        ];
-        let sample = |micros| Sample {
-            units: 1,
-            elapsed: Duration::from_secs(1),
-            cpu: Duration::from_micros(micros),
-            latency: vec![1],
-            requests: 1,
-            native: Duration::ZERO,
-        };
+            ("ours", Role::Judged),
+            ("other", Role::Ours),
+            ("peer", Role::Peer),
+            ("tuned", Role::TunedPeer),
+        ]
+        .map(named);
         let samples: Vec<_> = [1, 9, 4, 3].map(|micros| vec![sample(micros)]).into();
         let line = Line::new(goal, &contenders, &samples);
         assert!((line.ratio().expect("both sides") - 3.0).abs() < 1e-9);
         let table = markdown("T", &[line]);
         assert!(
             table.contains(
-                "| X1 | nothing | CPU µs | 1.00 | 9.00 | 4.00 | 3.00 | 4.00 | **3.00** | ≥ 2 | met |"
+                "| X1 | nothing | CPU µs | 1.00 | 9.00 | 4.00 | 3.00 | 4.00 | **3.00** | – | ≥ 2 | met |"
             ),
             "{table}"
         );
+    }
+
+    #[test]
+    fn what_a_server_without_cost_would_not_reach_is_out_of_reach() {
+        let contenders = [("ours", Role::Judged), ("peer", Role::Peer)].map(named);
+        let sample = |millis, server| Sample {
+            elapsed: Duration::from_millis(millis),
+            cpu: Duration::from_millis(server),
+            ..sample(0)
+        };
+        let samples = [vec![sample(100, 20)], vec![sample(160, 70)]];
+        let row = |target| {
+            let goal = Goal {
+                id: "X2",
+                what: "nothing",
+                measure: Measure::Wall,
+                target,
+                against: Against::Best,
+            };
+            markdown("T", &[Line::new(goal, &contenders, &samples)])
+        };
+        let (near, far) = (row(1.9), row(2.1));
+        assert!(
+            near.contains("| ms | 100 | 160 | 80.0 | 1.60 | 1.60 | 2.00 | ≥ 1.9 | missed |"),
+            "{near}"
+        );
+        assert!(far.contains("| 2.00 | ≥ 2.1 | out of reach |"), "{far}");
     }
 
     #[test]
