@@ -120,8 +120,10 @@ impl Line {
     }
 
     /// The same of a server that would do nothing but what none can do without: no ratio is larger.
+    /// `None` where ours took less than that, for then it was no floor.
     fn bound(&self) -> Option<f64> {
-        self.ratio_to(Role::Floor, |role| self.goal.against.is(role))
+        let most = self.ratio_to(Role::Floor, |role| self.goal.against.is(role))?;
+        Some(most).filter(|most| self.ratio().is_none_or(|ratio| ratio <= *most))
     }
 
     fn ratio_to(&self, of: Role, whom: impl Fn(Role) -> bool) -> Option<f64> {
