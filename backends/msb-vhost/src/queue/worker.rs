@@ -297,14 +297,16 @@ impl<'a, D: Device> Worker<'a, D> {
         }
         self.polling.look(crate::sys::pushed_off);
         let start = Instant::now();
-        while start.elapsed() < window {
-            for _ in 0..LOOKS {
-                if watch.has_news() {
-                    return self.polling.looked(true);
-                }
+        loop {
+            let found = (0..LOOKS).any(|_| {
+                let found = watch.has_news();
                 std::hint::spin_loop();
+                found
+            });
+            let took = start.elapsed();
+            if found || took >= window {
+                return self.polling.looked(found, took);
             }
         }
-        self.polling.looked(false);
     }
 }
