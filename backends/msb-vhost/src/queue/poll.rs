@@ -151,7 +151,7 @@ impl Polling {
         } else if is_short {
             self.looking.note(looked + took);
         }
-        if self.trying > 0 {
+        if self.trying > 0 && is_short {
             self.trying -= 1;
         } else if self.penance > 0 {
             self.penance -= 1;
@@ -159,6 +159,7 @@ impl Polling {
             self.window = (self.window * 2).max(FIRST).min(self.limit);
         } else {
             self.window = Duration::ZERO;
+            self.trying = 0;
         }
     }
 }
@@ -277,6 +278,17 @@ mod tests {
         }
         assert_eq!(polling.window(), us(10));
         assert_eq!(tries, 12 * TRY);
+    }
+
+    #[test]
+    fn an_idle_queue_does_not_look_after_a_try_either() {
+        let mut polling = looking(6);
+        while !polling.window().is_zero() {
+            polling.look(|| 0);
+            polling.looked(true, us(2));
+        }
+        polling.slept(us(1000));
+        assert_eq!((polling.trying, polling.window()), (0, us(0)));
     }
 
     #[test]
