@@ -20,7 +20,7 @@ use msb_testkit::bridge::{obstacle, private_mounts};
 type Results = BTreeMap<&'static str, BTreeMap<String, Vec<Sample>>>;
 
 fn main() -> Result<()> {
-    let mut options = Options::parse();
+    let options = Options::parse();
     let wanted: HashSet<&str> = STEPS
         .iter()
         .filter(|step| options.wants(step.id, step.name))
@@ -44,8 +44,6 @@ fn main() -> Result<()> {
         .prefix("bench.")
         .tempdir_in(options.scratch())?;
     let source = Source::make(folder.path())?;
-    // A round takes the programs' own time, which is long.
-    options.rounds = options.rounds.min(3);
     let servers = contenders(&options)?;
     let mut results = Results::new();
     for _ in 0..options.rounds {
