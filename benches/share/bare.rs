@@ -25,7 +25,7 @@ pub enum Bare {
         /// Whether it is a write.
         write: bool,
     },
-    /// `statx` of an open file.
+    /// `fstat` of an open file.
     Stat,
     /// `statx` of a name.
     Find,
@@ -57,7 +57,7 @@ impl Bare {
                 let files: Vec<File> = (0..SMALL_FILES).map(open).collect::<Result<_>>()?;
                 timed(|| {
                     for file in &files {
-                        stat(file, c"", AtFlags::EMPTY_PATH)?;
+                        rustix::fs::fstat(file)?;
                     }
                     Ok(files.len())
                 })

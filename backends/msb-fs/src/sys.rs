@@ -54,7 +54,7 @@ pub(crate) struct Stat {
     pub(crate) st_atime_nsec: u32,
     pub(crate) st_mtime_nsec: u32,
     pub(crate) st_ctime_nsec: u32,
-    /// When the inode was made, in nanoseconds, where the file system keeps that.
+    /// When the inode was made, in nanoseconds, where the file system keeps that and it was asked.
     pub(crate) born: Option<i64>,
 }
 
@@ -100,6 +100,30 @@ impl From<Statx> for Stat {
     }
 }
 
+impl From<rustix::fs::Stat> for Stat {
+    fn from(found: rustix::fs::Stat) -> Self {
+        Self {
+            st_dev: found.st_dev,
+            st_ino: found.st_ino,
+            st_mode: found.st_mode,
+            st_nlink: u32::try_from(found.st_nlink).unwrap_or(u32::MAX),
+            st_uid: found.st_uid,
+            st_gid: found.st_gid,
+            st_rdev: found.st_rdev,
+            st_size: u64::try_from(found.st_size).unwrap_or(0),
+            st_blocks: u64::try_from(found.st_blocks).unwrap_or(0),
+            st_blksize: u32::try_from(found.st_blksize).unwrap_or(4096),
+            st_atime: found.st_atime,
+            st_mtime: found.st_mtime,
+            st_ctime: found.st_ctime,
+            st_atime_nsec: u32::try_from(found.st_atime_nsec).unwrap_or(0),
+            st_mtime_nsec: u32::try_from(found.st_mtime_nsec).unwrap_or(0),
+            st_ctime_nsec: u32::try_from(found.st_ctime_nsec).unwrap_or(0),
+            born: None,
+        }
+    }
+}
+
 fn nanoseconds(seconds: i64, rest: u32) -> Option<i64> {
     seconds
         .checked_mul(1_000_000_000)?
@@ -122,6 +146,12 @@ pub(crate) fn stat(fd: impl AsFd) -> Result<Stat, Errno> {
         }
     }
     stat_by_empty_path(fd)
+}
+
+/// The same without the time of birth, which is a tenth cheaper: for who knows by the descriptor
+/// which inode it is, and only asks what has become of it.
+pub(crate) fn fstat(fd: impl AsFd) -> Result<Stat, Errno> {
+    rustix::fs::fstat(fd).map(Stat::from)
 }
 
 /// With no path there is none to copy and to look at.
@@ -437,7 +467,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_ways_to_ask_for_attributes_say_the_same() {
+    fn all_ways_to_ask_for_attributes_say_the_same() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), b"content").unwrap();
         let named = stat_in(
@@ -450,11 +480,16 @@ mod tests {
             assert_eq!((with.st_size, with.kind()), (7, FileType::RegularFile));
             assert_eq!(Some(with), named.ok());
             assert_eq!(stat(fd), Ok(with));
+            assert_eq!(fstat(fd), Ok(Stat { born: None, ..with }));
             // Older kernels say so, and are asked in the other way from then on.
             match stat_pathless(fd) {
                 Err(error) => assert_eq!(error, Errno::FAULT),
                 without => assert_eq!(without, Ok(with)),
             }
         }
+        let device = std::fs::File::open("/dev/null").unwrap();
+        let with = stat(&device).unwrap();
+        assert_eq!(with.st_rdev, rustix::fs::makedev(1, 3));
+        assert_eq!(fstat(&device), Ok(Stat { born: None, ..with }));
     }
 }

@@ -47,11 +47,11 @@ impl Tree {
         }
         // Its directory is cold as well, or somebody has just moved it.
         let node = self.node(id)?;
-        self.overlay.attr(&node, &sys::stat(&node.file)?)
+        self.overlay.attr(&node, &sys::fstat(&node.file)?)
     }
 
     pub(crate) fn attr_of(&self, node: &Node) -> Result<AttrOut> {
-        let stat = sys::stat(&node.file)?;
+        let stat = sys::fstat(&node.file)?;
         Ok(self.attr_out(self.overlay.attr(node, &stat)?))
     }
 

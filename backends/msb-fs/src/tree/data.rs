@@ -104,7 +104,7 @@ impl Tree {
                 self.within(&[handle.fd()], Room::Fixed(0, 0), cut)
             })?;
         }
-        let stat = sys::stat(handle.fd())?;
+        let stat = sys::fstat(handle.fd())?;
         self.opened(handle, &stat)
     }
 

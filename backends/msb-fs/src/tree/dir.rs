@@ -69,7 +69,7 @@ impl Tree {
         };
         let open_flags = match (self.rules.caching, &node) {
             (Caching::Always, Some(_)) => fopen::CACHE_DIR | fopen::KEEP_CACHE,
-            (Caching::Auto, Some(node)) if node.unchanged(&sys::stat(&node.file)?) => {
+            (Caching::Auto, Some(node)) if node.unchanged(&sys::fstat(&node.file)?) => {
                 fopen::CACHE_DIR | fopen::KEEP_CACHE
             }
             (Caching::Auto, Some(_)) => fopen::CACHE_DIR,

@@ -104,7 +104,7 @@ impl Tree {
     }
 
     fn attr_of_live(&self, node: &Node) -> Result<Attr> {
-        self.overlay.attr(node, &sys::stat(&node.file)?)
+        self.overlay.attr(node, &sys::fstat(&node.file)?)
     }
 
     /// The reply that names a node.
