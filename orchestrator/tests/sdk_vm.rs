@@ -55,8 +55,14 @@ fn refusal<T>(result: MicrosandboxResult<T>) -> Result<microsandbox::Error> {
     result.err().context("it was not refused")
 }
 
+/// Says how far an example has come: it is all that is known of one that does not end.
+fn step(what: &str) {
+    println!("  {what}");
+}
+
 /// Runs a line in a sandbox, which must succeed.
 async fn shell(sb: &Sandbox, line: &str) -> Result<String> {
+    step(line);
     let output = sb.shell(line).await?;
     ensure!(
         output.success(),
@@ -320,12 +326,14 @@ async fn commands(sb: &Sandbox) -> Result<()> {
         (output.code(), output.stdout_bytes(), output.stderr_bytes()) == (3, b"out\n", b"err\n"),
         "{output:?}"
     );
+    step("input");
     // Input, a terminal and its size, limits.
     let mut sort = sb.exec_with(ExecOptions::new("sort"))?;
     let mut input = sort.take_stdin().context("no input")?;
     input.write(b"b\na\n").await?;
     drop(input);
     ensure!(sort.output().await?.stdout() == "a\nb\n", "not sorted");
+    step("terminal");
     let line = "stty size; ulimit -n; id -u; echo $COLOUR $PWD; read x; stty size";
     let options = ExecOptions::new("sh").args(["-c", line]).terminal(20, 70);
     let options = options.rlimit(Resource::Nofile, 64, 128).user("user");
@@ -341,6 +349,7 @@ async fn commands(sb: &Sandbox) -> Result<()> {
     // Signals, time, and what is left alone.
     let sleep = || ExecOptions::new("sleep").args(["600"]);
     for _ in 0..8 {
+        step("signal");
         let slept = sb.exec_with(sleep())?;
         // It may not even have a process group of its own yet.
         slept.control().signal(libc::SIGTERM);
@@ -349,18 +358,23 @@ async fn commands(sb: &Sandbox) -> Result<()> {
             "not by the signal"
         );
     }
+    step("timeout");
     let late = sb.exec_with(sleep().timeout(Duration::from_millis(300)))?;
     let late = refusal(late.output().await)?;
     ensure!(late.kind() == ErrorKind::ExecTimeout, "{late}");
     let missing = refusal(sb.exec("no-such-program", [""; 0]).await)?;
     ensure!(missing.kind() == ErrorKind::ExecFailed, "{missing}");
-    let mut server = sb.exec_with(ExecOptions::new("sh").args(["-c", "echo logged"]))?;
+    step("detached");
+    // What it prints before it is left alone is for us.
+    let line = "until [ -e /tmp/alone ]; do sleep 0.1; done; echo logged";
+    let mut server = sb.exec_with(ExecOptions::new("sh").args(["-c", line]))?;
     server.detach().await;
     let begins = server.next().await?;
     ensure!(
         matches!(begins, Some(ExecEvent::Started { .. })),
         "{begins:?}"
     );
+    shell(sb, "touch /tmp/alone").await?;
     let ends = server.next().await?;
     ensure!(ends == Some(ExecEvent::Exited { code: 0 }), "{ends:?}");
     let log = fs::read_to_string(sb.dir().output_log())?;
@@ -369,6 +383,7 @@ async fn commands(sb: &Sandbox) -> Result<()> {
 }
 
 async fn copies(sb: &Sandbox) -> Result<()> {
+    step("copies");
     let copied = sb.copy_in("./src", "/tmp/src", &|_| {}).await?;
     ensure!(copied.bytes > 0 && copied.left_out.is_empty(), "{copied:?}");
     sb.copy_out("/tmp/src/main.py", "./copied", &|_| {}).await?;
@@ -376,6 +391,7 @@ async fn copies(sb: &Sandbox) -> Result<()> {
         fs::read("copied")? == fs::read("src/main.py")?,
         "they differ"
     );
+    step("mounts");
     // A volume that comes and goes.
     sb.mount("/later", |v| v.tmpfs().size(4)).await?;
     let twice = refusal(sb.mount("/later", |v| v.tmpfs()).await)?;
@@ -423,6 +439,7 @@ async fn found_again(sb: Sandbox) -> Result<()> {
         "{refused}"
     );
     shell(&sb, "echo kept >/mark; sync").await?;
+    step("stop and start");
     handle.stop().await?;
     sb.wait().await?;
     let again = handle.start().await?;
