@@ -27,6 +27,8 @@ fn pasted(
     }
     let msb = documents()?;
     let limit = std::env::var("MSB_COMMAND_LIMIT");
+    // A guest that does not boot is told of before the whole example is given up.
+    let boot = std::env::var("MSB_BOOT_LIMIT");
     let output = Command::new("timeout")
         .args(["--kill-after=20", limit.as_deref().unwrap_or("150")])
         .arg(std::env::current_exe()?)
@@ -36,6 +38,7 @@ fn pasted(
         .env("MSB_HOME", msb.home())
         .env("MSB_KERNEL", kernel())
         .env("MSB_BIN_DIR", bin_dir())
+        .env("MSB_BOOT_LIMIT", boot.as_deref().unwrap_or("100"))
         .output()?;
     let said = (
         String::from_utf8_lossy(&output.stdout),
