@@ -46,13 +46,15 @@ impl Tree {
             return self.cold_attr(id, cold, &stat);
         }
         // Its directory is cold as well, or somebody has just moved it.
-        let node = self.node(id)?;
-        self.overlay.attr(&node, &sys::fstat(&node.file)?)
+        self.attr_of_live(&*self.node(id)?)
+    }
+
+    pub(crate) fn attr_of_live(&self, node: &Node) -> Result<Attr> {
+        self.overlay.attr(node, &sys::fstat(&node.file)?)
     }
 
     pub(crate) fn attr_of(&self, node: &Node) -> Result<AttrOut> {
-        let stat = sys::fstat(&node.file)?;
-        Ok(self.attr_out(self.overlay.attr(node, &stat)?))
+        Ok(self.attr_out(self.attr_of_live(node)?))
     }
 
     /// The same with the time of birth, where the host's file system knows it.

@@ -103,10 +103,6 @@ impl Tree {
         self.attr_of_live(&*self.node(id)?)
     }
 
-    fn attr_of_live(&self, node: &Node) -> Result<Attr> {
-        self.overlay.attr(node, &sys::fstat(&node.file)?)
-    }
-
     /// The reply that names a node.
     pub(crate) fn entry(&self, id: u64, attr: Attr) -> EntryOut {
         let timeout = self.timeout();
