@@ -48,7 +48,6 @@ pub(crate) struct Polling {
     limit: Duration,
     window: Duration,
     looks: u32,
-    samples: u32,
     pushed_off: u64,
     penance: u32,
     next_penance: u32,
@@ -69,7 +68,6 @@ impl Polling {
             limit,
             window: Duration::ZERO,
             looks: 0,
-            samples: 0,
             pushed_off: 0,
             penance: 0,
             next_penance: PENANCE,
@@ -111,12 +109,10 @@ impl Polling {
             self.penance = self.next_penance;
             self.next_penance = (self.next_penance * 2).min(LARGEST_PENANCE);
         } else if !is_first {
-            self.looks = SAMPLE;
             self.next_penance = PENANCE;
-            self.samples += 1;
-            if self.samples >= SAMPLES && !self.looking.0.is_zero() {
-                self.samples = 0;
-                self.trying = TRY;
+            if self.looks > SAMPLES * SAMPLE {
+                self.looks = SAMPLE;
+                self.trying = if self.looking.0.is_zero() { 0 } else { TRY };
             }
         }
     }
