@@ -2,15 +2,15 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use msb_testkit::frontend::{
     DATA, EVENT_IDX, FrontEnd, PROTOCOL_FEATURES, Part, code, memory_table, pair, peek,
 };
-use msb_vhost::{Device, Endpoint, Options, QueueLimits, Request, serve};
+use msb_vhost::{Backlog, Device, Endpoint, Options, QueueLimits, Request, serve};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, ftruncate, memfd_create};
 use tempfile::TempDir;
@@ -18,12 +18,16 @@ use tempfile::TempDir;
 const MEMORY: usize = 4 << 20;
 const SIZE: u16 = 64;
 
+/// The queue for whose requests nobody waits.
+const PATIENT: u16 = 1;
+
 /// Answers with one byte; a request that begins with `slow` makes the end of its batch slow.
 #[derive(Default)]
 struct Counter {
     handled: AtomicU32,
     is_slow: AtomicBool,
     has_ended: AtomicBool,
+    backlog: OnceLock<Backlog>,
 }
 
 impl Device for Counter {
@@ -33,9 +37,17 @@ impl Device for Counter {
 
     fn limits(&self) -> QueueLimits {
         QueueLimits {
-            queues: 1,
+            queues: 2,
             size: 256,
         }
+    }
+
+    fn is_patient(&self, queue: u16) -> bool {
+        queue == PATIENT
+    }
+
+    fn attach_backlog(&self, backlog: Backlog) {
+        self.backlog.set(backlog).ok();
     }
 
     fn config(&self) -> Vec<u8> {
@@ -94,6 +106,81 @@ fn send(front: &mut FrontEnd, text: &[u8; 4]) -> Result<()> {
     front.memory.write(DATA, text);
     front.put(0, &[Part::Out(DATA, 4), Part::In(DATA + 64, 1)]);
     front.kick(0)
+}
+
+fn offer(front: &mut FrontEnd, queue: u16) -> Result<bool> {
+    front.offer(queue, &[Part::In(DATA + 64, 1)])
+}
+
+#[test]
+fn the_driver_of_a_patient_queue_kicks_seldom() -> Result<()> {
+    let server = Server::start()?;
+    let mut front = server.connect()?;
+    front.start(2, SIZE, EVENT_IDX)?;
+    let mut kicks = 0;
+    for _ in 0..200 {
+        kicks += u32::from(offer(&mut front, PATIENT)?);
+        front.wait(PATIENT)?;
+    }
+    // One for the first, and one more whenever this machine was too busy to send the next in time.
+    ensure!((1..100).contains(&kicks), "{kicks} kicks for 200 requests");
+    // A ring that is filled is emptied.
+    for _ in 0..20 {
+        for _ in 0..SIZE {
+            offer(&mut front, PATIENT)?;
+        }
+        for _ in 0..SIZE {
+            front.wait(PATIENT)?;
+        }
+    }
+    // After a while of silence the next request is taken at once.
+    let start = Instant::now();
+    loop {
+        std::thread::sleep(Duration::from_millis(50));
+        if offer(&mut front, PATIENT)? {
+            break;
+        }
+        front.wait(PATIENT)?;
+        ensure!(start.elapsed() < Duration::from_secs(10), "no kick wanted");
+    }
+    front.wait(PATIENT)?;
+    Ok(())
+}
+
+#[test]
+fn what_lies_in_a_patient_queue_is_done_when_it_matters() -> Result<()> {
+    let server = Server::start()?;
+    let mut front = server.connect()?;
+    front.start(2, SIZE, EVENT_IDX)?;
+    let backlog = server.device.backlog.get().context("no backlog")?;
+    let mut there = 0;
+    for round in 1..=200 {
+        offer(&mut front, PATIENT)?;
+        there += u32::from(backlog.catch_up());
+        let handled = server.device.handled.load(Ordering::SeqCst);
+        ensure!(handled == round, "{handled} of {round}");
+        front.wait(PATIENT)?;
+    }
+    // Those that were kicked for may have been done before.
+    ensure!(there > 100, "something was there {there} times of 200");
+    std::thread::sleep(Duration::from_millis(50));
+    ensure!(!backlog.catch_up(), "nothing was there");
+    front.stop_queue(PATIENT)?;
+    ensure!(!backlog.catch_up(), "the queue is stopped");
+    Ok(())
+}
+
+#[test]
+fn a_driver_without_event_idx_kicks_for_every_request_of_a_patient_queue() -> Result<()> {
+    let server = Server::start()?;
+    let mut front = server.connect()?;
+    front.start(2, SIZE, 0)?;
+    for _ in 0..20 {
+        front.put(PATIENT, &[Part::In(DATA + 64, 1)]);
+        front.kick(PATIENT)?;
+        front.wait(PATIENT)?;
+    }
+    Ok(())
 }
 
 #[test]

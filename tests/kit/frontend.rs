@@ -587,6 +587,27 @@ impl FrontEnd {
         Ok(())
     }
 
+    /// Puts a request into a queue with EVENT_IDX, and kicks when the device wants that; whether it
+    /// did.
+    ///
+    /// # Errors
+    ///
+    /// When the eventfd cannot be written.
+    pub fn offer(&mut self, queue: u16, parts: &[Part]) -> Result<bool> {
+        let driver = &self.queues[usize::from(queue)];
+        let wish = driver.used() + 4 + 8 * u64::from(driver.size);
+        let index = driver.available() + 2;
+        let before = self.memory.index(index).load(Ordering::Relaxed);
+        self.put(queue, parts);
+        // The new index must be visible before the wish is read.
+        fence(Ordering::SeqCst);
+        let wanted = self.memory.index(wish).load(Ordering::Relaxed) == before;
+        if wanted {
+            self.kick(queue)?;
+        }
+        Ok(wanted)
+    }
+
     /// The next finished request: its number and how many bytes the device wrote. Does not wait.
     pub fn finished(&mut self, queue: u16) -> Option<(u16, u32)> {
         let driver = &mut self.queues[usize::from(queue)];

@@ -1,11 +1,14 @@
 //! The virtio-fs device (virtio 1.3 section 5.11) in front of a session.
 
-use msb_vhost::{Device, QueueLimits, Request};
+use msb_vhost::{Backlog, Device, QueueLimits, Request};
 
 use crate::session::Session;
 
 /// Length of the tag in the configuration space.
 pub const TAG_LEN: usize = 36;
+
+/// The queue of FORGETs, which have no reply, and of INTERRUPTs, which Linux drivers do not send.
+const HIGH_PRIORITY: u16 = 0;
 
 /// A virtio-fs device. Queue 0 is the one of high priority, the others take requests.
 pub struct FsDevice {
@@ -44,6 +47,14 @@ impl Device for FsDevice {
         let mut config = self.tag.to_vec();
         config.extend_from_slice(&queues.to_le_bytes());
         config
+    }
+
+    fn is_patient(&self, queue: u16) -> bool {
+        queue == HIGH_PRIORITY
+    }
+
+    fn attach_backlog(&self, backlog: Backlog) {
+        self.session.attach_backlog(backlog);
     }
 
     fn handle(&self, _queue: u16, request: Request) {

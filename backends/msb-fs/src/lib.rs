@@ -6,16 +6,13 @@
 
 #![deny(unsafe_code)]
 
-mod answer;
 pub mod args;
 pub mod device;
-mod pool;
 pub mod quota;
 pub mod sandbox;
 pub mod session;
 pub mod socket;
 #[expect(unsafe_code, reason = "system calls that no crate offers")]
 mod sys;
-mod task;
 pub mod tree;
 pub mod wire;

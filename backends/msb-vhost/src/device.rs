@@ -2,8 +2,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::Request;
+use crate::queue::Queue;
 
 /// How many queues a device serves, and how large the driver may make them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,36 @@ impl FrontEnd {
     }
 }
 
+/// What lies in the patient queues of a device (see [`Device::is_patient`]).
+#[derive(Clone)]
+pub struct Backlog(Vec<Arc<Queue>>);
+
+impl std::fmt::Debug for Backlog {
+    fn fmt(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        to.debug_tuple("Backlog").field(&self.0.len()).finish()
+    }
+}
+
+impl Backlog {
+    pub(crate) fn new(queues: Vec<Arc<Queue>>) -> Self {
+        Self(queues)
+    }
+
+    /// Has everything carried out that the driver has put into these queues before this call, and
+    /// waits for that, a tenth of a second at most; whether there was anything. Not for the thread
+    /// of a patient queue, which would wait for itself.
+    pub fn catch_up(&self) -> bool {
+        let mut found = false;
+        for queue in &self.0 {
+            found |= queue.catch_up(BACKLOG_PATIENCE);
+        }
+        found
+    }
+}
+
+/// Whoever waits for the backlog has a driver that waits for it.
+const BACKLOG_PATIENCE: Duration = Duration::from_millis(100);
+
 /// One virtio device behind a vhost-user socket.
 ///
 /// The transport calls `handle`, `end_turn`, `end_batch` and `reap` of one queue always from that queue's own
@@ -80,6 +112,17 @@ pub trait Device: Send + Sync + 'static {
 
     /// Tells the device which feature bits the driver accepted.
     fn accept_features(&self, _features: u64) {}
+
+    /// Whether nobody waits for what `queue` carries, such as the FORGETs of a file system. After one
+    /// of them its driver is asked to kick for a bunch of more only, and what does not fill a bunch
+    /// is taken within a few milliseconds. Constant over the life of the device.
+    fn is_patient(&self, _queue: u16) -> bool {
+        false
+    }
+
+    /// Gives the device the means to have its patient queues emptied; called once, before it is
+    /// given requests.
+    fn attach_backlog(&self, _backlog: Backlog) {}
 
     /// Carries out one request of `queue`, either before it returns or later: whoever holds the
     /// request ends it with [`Request::complete`]. Must not block for long.

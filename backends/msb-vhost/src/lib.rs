@@ -17,7 +17,7 @@ mod startup;
 #[expect(unsafe_code, reason = "guest memory is reached through raw addresses")]
 mod sys;
 
-pub use device::{ConfigError, Device, FrontEnd, QueueLimits};
+pub use device::{Backlog, ConfigError, Device, FrontEnd, QueueLimits};
 pub use request::{Request, Segments, ShortSegments};
 pub use serve::{Endpoint, Options, ServeError, serve};
 pub use startup::{chain, exit_with_parent, start_log};

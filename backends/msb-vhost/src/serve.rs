@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
 use crate::connection::{Connection, wait};
+use crate::device::Backlog;
 use crate::queue::{PATIENCE, Queue};
 use crate::session::Session;
 use crate::{Device, sys};
@@ -148,6 +149,10 @@ pub fn serve<D: Device>(
         .map(|_| Queue::new(limits.size).map(Arc::new))
         .collect::<io::Result<Vec<_>>>()
         .map_err(ServeError::Workers)?;
+    let patient = (0..).zip(&queues);
+    let patient = patient.filter(|(number, _)| device.is_patient(*number));
+    let patient = patient.map(|(_, queue)| Arc::clone(queue)).collect();
+    device.attach_backlog(Backlog::new(patient));
     let mut workers = Vec::new();
     let result = start_workers(&queues, device, options, &mut workers)
         .map_err(ServeError::Workers)

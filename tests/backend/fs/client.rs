@@ -249,6 +249,20 @@ impl Server {
         Ok(())
     }
 
+    /// Forgets nodes as the driver of Linux does it: in the queue of high priority, with a kick
+    /// when one is wanted, and without waiting. At most a hundred at a time.
+    pub(super) fn forget(&mut self, nodes: &[u64]) -> Result<()> {
+        while self.front.finished(0).is_some() {}
+        for (place, node) in (0_u64..).zip(nodes) {
+            let mut bytes = words(&[48, FORGET]);
+            bytes.extend_from_slice(&longs(&[0, *node, 0, 0, 1]));
+            let at = BACK - (1 << 16) + 64 * place;
+            self.front.memory.write(at, &bytes);
+            self.front.offer(0, &[Part::Out(at, 48)])?;
+        }
+        Ok(())
+    }
+
     /// The next answer: whose it is, errno, payload.
     pub(super) fn answer(&mut self) -> Result<(u64, i32, Vec<u8>)> {
         let (_, written) = self.front.wait(1)?;

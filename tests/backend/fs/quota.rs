@@ -92,6 +92,38 @@ fn unused(account: &Path) -> Result<()> {
 }
 
 #[test]
+fn what_the_guest_has_removed_is_free_at_once() -> Result<()> {
+    let folder = folder()?;
+    let share = folder.path().join("share");
+    let mut server = Server::start(folder.path(), &["--quota", "1M"])?;
+    for round in 0..40 {
+        let mut nodes = Vec::new();
+        for number in 0..8 {
+            let file = server.create(1, &number.to_string(), 0o644)?;
+            // The last one finds less room.
+            server.write(file, 0, &[7; 120 << 10], 0)?;
+            server.release(file.0, file.1)?;
+            nodes.push(file.0);
+        }
+        for number in 0..8 {
+            server.well(UNLINK, 1, &named(&[], &[&number.to_string()]))?;
+        }
+        server.forget(&nodes)?;
+        if round % 2 == 0 {
+            agrees(&mut server, &share, "removed")?;
+            continue;
+        }
+        let file = server.create(1, "large", 0o644)?;
+        let written = server.write(file, 0, &[7; 900 << 10], 0)?;
+        ensure!(written == (0, 900 << 10), "{written:?} in round {round}");
+        server.release(file.0, file.1)?;
+        server.well(UNLINK, 1, &named(&[], &["large"]))?;
+        server.forget(&[file.0])?;
+    }
+    Ok(())
+}
+
+#[test]
 fn no_trick_takes_more_than_the_limit() -> Result<()> {
     let folder = folder()?;
     let share = folder.path().join("share");

@@ -56,8 +56,8 @@ struct State {
     busy: bool,
     /// Something was given back for which no interrupt was considered.
     unannounced: bool,
-    /// Somebody waits for the last open request; to notify costs a system call.
-    awaited: bool,
+    /// How many wait for the last open request; to notify costs a system call.
+    awaited: u32,
 }
 
 /// What an open request holds: its queue, the memory its spans lie in, and the time it belongs to.
@@ -121,7 +121,7 @@ impl Queue {
                 epoch: 0,
                 busy: false,
                 unannounced: false,
-                awaited: false,
+                awaited: 0,
             }),
             idle: Condvar::new(),
             epoll: events,
@@ -271,15 +271,30 @@ impl Queue {
     /// `patience`.
     fn wait_idle<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
+        state: MutexGuard<'a, State>,
         patience: Duration,
     ) -> MutexGuard<'a, State> {
-        state.awaited = true;
+        let (state, is_idle) = self.wait_until(state, patience, State::is_idle);
+        if !is_idle {
+            tracing::error!(open = state.open, "requests do not end; leaving them");
+        }
+        state
+    }
+
+    /// Waits until something is so that can only become so when the queue has become idle; says
+    /// whether it is.
+    fn wait_until<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        patience: Duration,
+        is_so: impl Fn(&State) -> bool,
+    ) -> (MutexGuard<'a, State>, bool) {
+        state.awaited += 1;
         let deadline = Instant::now() + patience;
-        while state.open > 0 || state.busy {
+        let mut done = is_so(&state);
+        while !done {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                tracing::error!(open = state.open, "requests do not end; leaving them");
                 break;
             }
             state = self
@@ -287,9 +302,30 @@ impl Queue {
                 .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
+            done = is_so(&state);
         }
-        state.awaited = false;
-        state
+        state.awaited -= 1;
+        (state, done)
+    }
+
+    /// Has everything carried out that the driver has made available before this call, and waits
+    /// for that; false when there was nothing, or it was given up.
+    pub(crate) fn catch_up(&self, patience: Duration) -> bool {
+        let state = self.lock();
+        let end = state.ring.untaken();
+        if !state.runs() || (end.is_none() && state.is_idle()) {
+            return false;
+        }
+        if end.is_some() {
+            self.wake();
+        }
+        let end = end.unwrap_or(state.ring.next_available);
+        let is_done = |state: &State| {
+            let ahead = state.ring.next_available.wrapping_sub(end);
+            let taken = ahead <= u16::MAX / 2 || !state.runs();
+            taken && state.is_idle()
+        };
+        self.wait_until(state, patience, is_done).1
     }
 
     /// Stops the ring, waits for its open requests, and returns where it stands.
@@ -334,7 +370,7 @@ impl Queue {
 
     /// Tells whoever waits for it that nothing is open any more.
     fn note_idle(&self, state: &State) {
-        if state.awaited && state.open == 0 && !state.busy {
+        if state.awaited > 0 && state.is_idle() {
             self.idle.notify_all();
         }
     }
@@ -357,6 +393,11 @@ impl Queue {
 impl State {
     fn runs(&self) -> bool {
         self.enabled && self.started && !self.ending
+    }
+
+    /// Whether no request is open and the worker has left the device.
+    fn is_idle(&self) -> bool {
+        self.open == 0 && !self.busy
     }
 
     /// Puts a chain into the used ring; the driver sees it after `ring.show()`.

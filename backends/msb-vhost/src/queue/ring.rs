@@ -218,6 +218,13 @@ impl Ring {
         self.shown = self.next_used;
     }
 
+    /// The end of what the driver has made available, when it is not all taken yet.
+    pub(crate) fn untaken(&self) -> Option<u16> {
+        let parts = self.parts.as_ref().filter(|_| !self.broken)?;
+        let end = parts.available.view().acquire(2);
+        (end != self.next_available).then_some(end)
+    }
+
     /// Where the driver will announce the next chain, for who waits for it without a lock.
     pub(crate) fn watch(&self) -> Option<Watch> {
         let parts = self.parts.as_ref().filter(|_| !self.broken)?;
@@ -253,20 +260,26 @@ impl Ring {
         }
     }
 
-    /// Asks the driver to kick for the next chain; true when one has arrived meanwhile.
-    pub(crate) fn listen(&self) -> bool {
+    /// Asks the driver to kick when `bunch` more chains have come, or with the next one where it
+    /// cannot be asked for more; true when so many have arrived meanwhile.
+    pub(crate) fn listen(&self, bunch: u16) -> bool {
         let Some(parts) = self.parts.as_ref().filter(|_| !self.broken) else {
             return false;
         };
+        let mut before = 0;
         if self.event_idx {
+            // Half a ring at most: a driver that finds it full would wait without having kicked.
+            before = bunch.min(self.size / 2).saturating_sub(1);
             let at = 4 + 8 * usize::from(self.size);
-            parts.used.view().put(at, self.next_available);
+            let wish = self.next_available.wrapping_add(before);
+            parts.used.view().put(at, wish);
         } else {
             parts.used.view().put(0, 0_u16);
         }
         // The wish must be visible before the index is read again.
         fence(Ordering::SeqCst);
-        parts.available.view().acquire(2) != self.next_available
+        let available: u16 = parts.available.view().acquire(2);
+        available.wrapping_sub(self.next_available) > before
     }
 }
 

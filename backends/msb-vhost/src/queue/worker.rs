@@ -30,6 +30,13 @@ const LINE: usize = 64;
 const CLOCK: usize = 4;
 /// Requests after which the device submits what it has queued, and other events are looked at.
 const ROUND: usize = 8 * BATCH;
+/// For how many requests the driver of a patient queue is asked to kick, and how long what is less
+/// lies there.
+const BUNCH: u16 = 32;
+const LULL: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 2_000_000,
+};
 /// How often the available index is read between two looks at the clock.
 const LOOKS: u32 = 16;
 
@@ -124,6 +131,8 @@ enum Pause {
     Empty,
     /// There may be more.
     Round,
+    /// There may soon be a few, for which the driver does not kick.
+    Lull,
     /// The queue is to end.
     End,
 }
@@ -133,6 +142,7 @@ pub(super) struct Worker<'a, D> {
     queue: &'a Arc<Queue>,
     number: u16,
     device: &'a D,
+    patient: bool,
     polling: Polling,
     events: Vec<epoll::Event>,
     lease: Option<Arc<Lease>>,
@@ -147,10 +157,13 @@ impl<'a, D: Device> Worker<'a, D> {
         poll_limit: Duration,
     ) -> Self {
         ASIDE.with_borrow_mut(|aside| aside.queue = Arc::as_ptr(queue).addr());
+        let patient = device.is_patient(number);
+        let poll_limit = if patient { Duration::ZERO } else { poll_limit };
         Self {
             queue,
             number,
             device,
+            patient,
             polling: Polling::new(poll_limit),
             events: Vec::with_capacity(3),
             lease: None,
@@ -178,7 +191,11 @@ impl<'a, D: Device> Worker<'a, D> {
     /// something. Events come with edges, so no descriptor needs to be read to tell of the next.
     fn wait(&mut self, pause: Pause) -> io::Result<bool> {
         let now = Timespec::default();
-        let limit = (pause == Pause::Round).then_some(&now);
+        let limit = match pause {
+            Pause::Empty | Pause::End => None,
+            Pause::Round => Some(&now),
+            Pause::Lull => Some(&LULL),
+        };
         let start = (limit.is_none() && self.polling.is_on()).then(Instant::now);
         self.events.clear();
         while let Err(error) = epoll::wait(
@@ -214,13 +231,14 @@ impl<'a, D: Device> Worker<'a, D> {
             }
             self.take(&mut state);
             if self.batch.is_empty() {
+                let bunch = if self.patient && taken > 0 { BUNCH } else { 1 };
                 let watch = state.ring.watch().filter(|_| state.open == 0 && !looked);
                 if let Some(watch) = watch {
                     drop(state);
                     self.look(&watch);
                     looked = true;
-                } else if !state.ring.listen() {
-                    break Pause::Empty;
+                } else if !state.ring.listen(bunch) {
+                    break if bunch > 1 { Pause::Lull } else { Pause::Empty };
                 }
                 continue;
             }

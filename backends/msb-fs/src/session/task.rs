@@ -3,7 +3,7 @@
 use msb_vhost::Segments;
 use rustix::io::Errno;
 
-use crate::answer::Answer;
+use super::answer::Answer;
 use crate::tree::{Caller, Tree};
 use crate::wire::abi::{CopyFileRangeIn, FallocateIn, ReadIn, WriteOut};
 

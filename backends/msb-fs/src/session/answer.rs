@@ -4,7 +4,7 @@ use msb_vhost::Request;
 use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::task::Task;
+use super::task::Task;
 use crate::wire::abi::{EntryOut, InHeader, LkIn, OpenOut};
 use crate::wire::reply;
 

@@ -1,15 +1,21 @@
 //! One FUSE session: takes requests apart, has the tree carry them out, and answers.
 
+mod answer;
+mod forgets;
+mod pool;
+mod task;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use msb_vhost::{Request, Segments};
+use msb_vhost::{Backlog, Request, Segments};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, FromZeros};
 
-use crate::answer::{self, Answer};
-use crate::pool::Pool;
-use crate::task::Task;
+use self::answer::Answer;
+use self::forgets::Forgets;
+use self::pool::Pool;
+use self::task::Task;
 use crate::tree::{Caching, Caller, Progress, Tree, Wanted};
 use crate::wire::abi::{
     self, GETATTR_FH, GetxattrOut, InHeader, InitIn, InitOut, LseekOut, OutHeader,
@@ -31,6 +37,7 @@ const PAGE_SIZE: u32 = 4096;
 pub struct Session {
     tree: Arc<Tree>,
     pool: Pool,
+    forgets: Arc<Forgets>,
     /// The guest lists directories without opening them.
     lists_unopened: AtomicBool,
     /// Its SETXATTR is the long one.
@@ -43,9 +50,15 @@ impl Session {
         Self {
             tree: Arc::new(tree),
             pool: Pool::default(),
+            forgets: Arc::default(),
             lists_unopened: AtomicBool::new(false),
             setxattr_ext: AtomicBool::new(false),
         }
+    }
+
+    /// Takes what tells of FORGETs that the guest has sent and nobody has read yet.
+    pub(crate) fn attach_backlog(&self, backlog: Backlog) {
+        self.forgets.attach(backlog);
     }
 
     /// Forgets everything that the guest has set up.
@@ -68,9 +81,9 @@ impl Session {
         let result = self.dispatch(&header, &mut request.readable, &mut request.writable);
         match result {
             Ok(Answer::Later(task)) => {
-                let tree = Arc::clone(&self.tree);
+                let (tree, forgets) = (Arc::clone(&self.tree), Arc::clone(&self.forgets));
                 self.pool.run(move || {
-                    let result = task.perform(&tree, &mut request.writable);
+                    let result = forgets.insist(|| task.perform(&tree, &mut request.writable));
                     answer::send(&header, replies, request, result);
                 });
             }
@@ -154,7 +167,7 @@ impl Session {
             | Operation::Rename { .. }
             | Operation::Link { .. }
             | Operation::Create { .. }
-            | Operation::Tmpfile(_) => self.names(id, caller, &operation),
+            | Operation::Tmpfile(_) => self.forgets.insist(|| self.names(id, caller, &operation)),
             Operation::Open(_)
             | Operation::Release(_)
             | Operation::Fsync { .. }
@@ -169,7 +182,9 @@ impl Session {
             | Operation::Getlk(_)
             | Operation::Setlk { .. }
             | Operation::Interrupt(_) => self.locks(id, &operation),
-            _ => self.attributes(id, caller, &operation),
+            _ => self
+                .forgets
+                .insist(|| self.attributes(id, caller, &operation)),
         }
     }
 
@@ -307,7 +322,11 @@ impl Session {
             }
             Operation::Setattr(args) => return Ok(Answer::of(&tree.setattr(id, args)?)),
             Operation::Readlink => return Ok(Answer::Bytes(tree.readlink(id)?)),
-            Operation::Statfs => return self.statfs(id),
+            Operation::Statfs => {
+                // What the guest has removed is free.
+                self.forgets.catch_up(0);
+                return self.statfs(id);
+            }
             Operation::Getxattr { size, name } => {
                 return sized(tree.getxattr(id, name)?, *size);
             }
@@ -325,12 +344,14 @@ impl Session {
             Operation::Destroy => self.reset(),
             Operation::Forget { count } => {
                 tree.forget(id, *count);
+                self.forgets.note();
                 return Ok(Answer::None);
             }
             Operation::BatchForget { list } => {
                 for one in list {
                     tree.forget(one.nodeid, one.nlookup);
                 }
+                self.forgets.note();
                 return Ok(Answer::None);
             }
             _ => return Err(Errno::NOSYS),
@@ -445,7 +466,20 @@ impl Session {
         let mut bytes = [0; size_of::<WriteIn>()];
         body.read_exact(&mut bytes).map_err(|_| Errno::INVAL)?;
         let args = WriteIn::read_from_bytes(&bytes).map_err(|_| Errno::INVAL)?;
-        let size = self.tree.write(id, &args, body)?;
+        let (whole, forgotten) = (body.len(), self.forgets.done());
+        let mut size = self.forgets.insist(|| match body.len() == whole {
+            true => self.tree.write(id, &args, body),
+            // It was written, and something else has failed.
+            false => Err(Errno::NOSPC),
+        })?;
+        if size < args.size && self.forgets.catch_up(forgotten) {
+            let rest = WriteIn {
+                offset: args.offset.saturating_add(u64::from(size)),
+                size: args.size - size,
+                ..args
+            };
+            size += self.tree.write(id, &rest, body).unwrap_or(0);
+        }
         Ok(Answer::of(&WriteOut { size, padding: 0 }))
     }
 }
