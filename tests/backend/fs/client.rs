@@ -1,6 +1,6 @@
 //! A FUSE client that speaks to one msb-fs over its socket.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -16,7 +16,7 @@ opcodes! {
     LOOKUP = 1 FORGET = 2 GETATTR = 3 SETATTR = 4 SYMLINK = 6 MKNOD = 8 MKDIR = 9 UNLINK = 10
     RMDIR = 11 RENAME = 12 LINK = 13 OPEN = 14 READ = 15 WRITE = 16 STATFS = 17 RELEASE = 18 SETXATTR = 21
     GETXATTR = 22 LISTXATTR = 23 REMOVEXATTR = 24 INIT = 26 CREATE = 35 IOCTL = 39 FALLOCATE = 43
-    RENAME2 = 45 COPY_FILE_RANGE = 47 TMPFILE = 51 STATX = 52
+    READDIRPLUS = 44 RENAME2 = 45 COPY_FILE_RANGE = 47 TMPFILE = 51 STATX = 52
 }
 
 /// Where answers lie in guest memory.
@@ -47,19 +47,29 @@ impl Drop for Reaped {
 }
 
 impl Reaped {
-    /// A line of /proc/PID/status of the process that serves, which in a jail is the child of the
-    /// one that was started.
+    /// A line of /proc/PID/status of the process that serves.
     pub(super) fn status(&self, name: &str) -> Result<String> {
-        let started = self.0.as_ref().context("no process")?.id();
-        let children = std::fs::read_to_string(format!("/proc/{started}/task/{started}/children"))?;
-        let serving = children.split_whitespace().next().context("no child")?;
-        let status = std::fs::read_to_string(format!("/proc/{serving}/status"))?;
+        let status = std::fs::read_to_string(self.proc()?.join("status"))?;
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         Ok(line
             .context("no such line")?
             .trim_start_matches(':')
             .trim()
             .to_owned())
+    }
+
+    /// Where the descriptors of the process that serves are listed.
+    pub(super) fn descriptors(&self) -> Result<PathBuf> {
+        Ok(self.proc()?.join("fd"))
+    }
+
+    /// The folder of the process that serves, which in a jail is the child of the one that was
+    /// started.
+    fn proc(&self) -> Result<PathBuf> {
+        let started = self.0.as_ref().context("no process")?.id();
+        let children = std::fs::read_to_string(format!("/proc/{started}/task/{started}/children"))?;
+        let serving = children.split_whitespace().next().context("no child")?;
+        Ok(Path::new("/proc").join(serving))
     }
 }
 

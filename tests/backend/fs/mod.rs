@@ -10,6 +10,7 @@ mod attributes;
 mod client;
 mod dropin;
 mod quota;
+mod unnamed;
 
 use client::*;
 

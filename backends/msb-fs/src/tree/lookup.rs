@@ -278,17 +278,39 @@ impl Tree {
 
     /// The node that bears a name which is about to be taken away from it, with a descriptor: what
     /// is only known by that name would be lost.
-    pub(crate) fn hold(&self, parent: &Node, name: &CStr) -> Option<Arc<Node>> {
+    pub(crate) fn hold(&self, parent: &Node, name: &CStr, fate: Fate) -> Option<Arc<Node>> {
         if !self.nodes.names_matter() {
             return None;
         }
         let stat = sys::stat_in(&parent.file, name).ok()?;
         let id = self.nodes.id_of(&stat)?;
-        match self.nodes.kept(id)? {
-            Found::Live(node) => Some(node),
-            Found::Cold(cold) => self.revive(id, cold).ok(),
+        if let Found::Live(node) = self.nodes.kept(id)? {
+            return Some(node);
         }
+        let (file, stat, access) = if fate == Fate::Removed && is_last_name(&stat) {
+            // It is most likely forgotten right afterwards.
+            let file = self.with_room(|| sys::open_in(&parent.file, name, OFlags::PATH, 0));
+            let file = file.ok()?;
+            let stat = sys::stat(&file).ok()?;
+            (file, stat, Access::Path)
+        } else {
+            self.open_known(&parent.file, name, &stat).ok()?
+        };
+        let node = self.nodes.revive(id, &stat, file, access);
+        self.relieve();
+        node
     }
+}
+
+/// What becomes of a name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Moved,
+    Removed,
+}
+
+fn is_last_name(stat: &Stat) -> bool {
+    stat.kind() == FileType::RegularFile && stat.st_nlink == 1
 }
 
 /// Notes where nodes are after a rename of what bore the first name to the second.

@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, CWD, FileType, RenameFlags};
 use rustix::io::Errno;
 
 use super::create::Shape;
-use super::lookup::moved;
+use super::lookup::{Fate, moved};
 use super::table::Node;
 use super::{Caller, Result, Tree, entry_name};
 use crate::quota::{Room, Tally};
@@ -40,7 +40,7 @@ impl Tree {
         } else {
             AtFlags::empty()
         };
-        let held = self.hold(&parent, name);
+        let held = self.hold(&parent, name, Fate::Removed);
         match self.victim(&parent, name)? {
             None => rustix::fs::unlinkat(&parent.file, name, flags)?,
             Some((account, victim)) => {
@@ -71,8 +71,15 @@ impl Tree {
         if !known.contains(flags) || flags.contains(RenameFlags::EXCHANGE | RenameFlags::WHITEOUT) {
             return Err(Errno::INVAL);
         }
-        let held = (self.hold(&from, old), self.hold(&to, new));
         let exchanged = flags.contains(RenameFlags::EXCHANGE);
+        let replaced = match exchanged {
+            true => Fate::Moved,
+            false => Fate::Removed,
+        };
+        let held = (
+            self.hold(&from, old, Fate::Moved),
+            self.hold(&to, new, replaced),
+        );
         match self.victim(&to, new) {
             // Nothing is replaced.
             Ok(None) | Err(Errno::NOENT) => {
