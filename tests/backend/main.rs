@@ -6,4 +6,5 @@ mod disk;
 mod fs;
 mod grow;
 mod hostile;
+mod replay;
 mod transport;
