@@ -34,11 +34,16 @@ impl Forgets {
         self.done.load(Ordering::Acquire)
     }
 
-    /// Has all carried out that have been sent. Whether there are more now than `before`.
-    pub(crate) fn catch_up(&self, before: u64) -> bool {
+    /// Has all carried out that have been sent.
+    pub(crate) fn catch_up(&self) {
         if let Some(backlog) = self.backlog.get() {
             backlog.catch_up();
         }
+    }
+
+    /// The same, and whether there are more now than `before`.
+    pub(crate) fn gained(&self, before: u64) -> bool {
+        self.catch_up();
         self.done() != before
     }
 
@@ -50,7 +55,7 @@ impl Forgets {
         let before = self.done();
         match attempt() {
             Err(Errno::NOSPC | Errno::DQUOT | Errno::NOTEMPTY | Errno::MFILE | Errno::NFILE)
-                if self.catch_up(before) =>
+                if self.gained(before) =>
             {
                 attempt()
             }

@@ -324,7 +324,7 @@ impl Session {
             Operation::Readlink => return Ok(Answer::Bytes(tree.readlink(id)?)),
             Operation::Statfs => {
                 // What the guest has removed is free.
-                self.forgets.catch_up(0);
+                self.forgets.catch_up();
                 return self.statfs(id);
             }
             Operation::Getxattr { size, name } => {
@@ -472,7 +472,7 @@ impl Session {
             // It was written, and something else has failed.
             false => Err(Errno::NOSPC),
         })?;
-        if size < args.size && self.forgets.catch_up(forgotten) {
+        if size < args.size && self.forgets.gained(forgotten) {
             let rest = WriteIn {
                 offset: args.offset.saturating_add(u64::from(size)),
                 size: args.size - size,

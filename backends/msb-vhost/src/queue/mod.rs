@@ -312,19 +312,16 @@ impl Queue {
     /// for that; false when there was nothing, or it was given up.
     pub(crate) fn catch_up(&self, patience: Duration) -> bool {
         let state = self.lock();
-        let end = state.ring.untaken();
-        if !state.runs() || (end.is_none() && state.is_idle()) {
-            return false;
-        }
-        if end.is_some() {
-            self.wake();
-        }
-        let end = end.unwrap_or(state.ring.next_available);
+        let end = state.ring.end();
         let is_done = |state: &State| {
             let ahead = state.ring.next_available.wrapping_sub(end);
             let taken = ahead <= u16::MAX / 2 || !state.runs();
             taken && state.is_idle()
         };
+        if !state.runs() || is_done(&state) {
+            return false;
+        }
+        self.wake();
         self.wait_until(state, patience, is_done).1
     }
 

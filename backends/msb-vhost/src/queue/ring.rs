@@ -218,11 +218,12 @@ impl Ring {
         self.shown = self.next_used;
     }
 
-    /// The end of what the driver has made available, when it is not all taken yet.
-    pub(crate) fn untaken(&self) -> Option<u16> {
-        let parts = self.parts.as_ref().filter(|_| !self.broken)?;
-        let end = parts.available.view().acquire(2);
-        (end != self.next_available).then_some(end)
+    /// The end of what the driver has made available.
+    pub(crate) fn end(&self) -> u16 {
+        let parts = self.parts.as_ref().filter(|_| !self.broken);
+        parts.map_or(self.next_available, |parts| {
+            parts.available.view().acquire(2)
+        })
     }
 
     /// Where the driver will announce the next chain, for who waits for it without a lock.
