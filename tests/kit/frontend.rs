@@ -594,18 +594,27 @@ impl FrontEnd {
     ///
     /// When the eventfd cannot be written.
     pub fn offer(&mut self, queue: u16, parts: &[Part]) -> Result<bool> {
-        let driver = &self.queues[usize::from(queue)];
-        let wish = driver.used() + 4 + 8 * u64::from(driver.size);
-        let index = driver.available() + 2;
+        let index = self.queues[usize::from(queue)].available() + 2;
         let before = self.memory.index(index).load(Ordering::Relaxed);
         self.put(queue, parts);
-        // The new index must be visible before the wish is read.
-        fence(Ordering::SeqCst);
-        let wanted = self.memory.index(wish).load(Ordering::Relaxed) == before;
+        let wanted = self.wants_kick(usize::from(queue), before, true);
         if wanted {
             self.kick(queue)?;
         }
         Ok(wanted)
+    }
+
+    /// Whether the device wants a kick for the one chain that was made available at index `before`.
+    pub(crate) fn wants_kick(&self, queue: usize, before: u16, event_idx: bool) -> bool {
+        let driver = &self.queues[queue];
+        // The new index must be visible before the device's wish is read.
+        fence(Ordering::SeqCst);
+        if event_idx {
+            let wish = driver.used() + 4 + 8 * u64::from(driver.size);
+            self.memory.index(wish).load(Ordering::Relaxed) == before
+        } else {
+            self.memory.index(driver.used()).load(Ordering::Relaxed) & 1 == 0
+        }
     }
 
     /// The next finished request: its number and how many bytes the device wrote. Does not wait.

@@ -45,15 +45,7 @@ impl Producer {
         memory
             .index(available + 2)
             .store(self.next, Ordering::Release);
-        // The new index must be visible before the device's wish is read.
-        fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            let wish = driver.used() + 4 + 8 * u64::from(driver.size);
-            memory.index(wish).load(Ordering::Relaxed) == old
-        } else {
-            memory.index(driver.used()).load(Ordering::Relaxed) & 1 == 0
-        };
-        if wanted {
+        if self.front.wants_kick(self.queue, old, self.event_idx) {
             rustix::io::write(&driver.kick, &1_u64.to_ne_bytes())?;
         }
         Ok(())
